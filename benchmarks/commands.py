@@ -54,6 +54,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "benchmarks.index.build:command",
         "Release builds: time, peak memory, determinism, loading against sha256sum.",
     ),
+    "rebuild": (
+        "benchmarks.index.rebuild:command",
+        "Incremental rebuilds: CPU time beside a full build, recall, latency, equal bytes.",
+    ),
     "update": (
         "benchmarks.index.update:command",
         "Live upserts and deletes: recall, latency, visibility, sustained rate.",

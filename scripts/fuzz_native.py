@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import collections
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ import index_builder.search.live_blocks
 import index_builder.search.live_segments
 import index_builder.search.live_state
 from index_builder import native
-from index_builder.ann import AnnConfig
+from index_builder.ann import AnnConfig, reuse
 from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.lexical.scan import ScanRequest
 from index_builder.live_log.records import LiveEntry
@@ -78,11 +80,18 @@ def record_calls(calls: dict[str, tuple[Any, Call]]) -> None:
     """Put recorders before all compiled code that the searches call."""
     search = index_builder.search
     scans = Recorder(native.live_scan, calls)
-    links = Recorder(native, calls).link_records
+    graphs = Recorder(native, calls)
     postings = recorded_class(native.Postings, calls)
     for module, name, real, recorder in (
         (engine_arrays, "Engine", native.Engine, recorded_class(native.Engine, calls)),
-        (engine_arrays, "link_records", native.link_records, links),
+        (engine_arrays, "link_records", native.link_records, graphs.link_records),
+        (
+            engine_arrays,
+            "carry_link_records",
+            native.carry_link_records,
+            graphs.carry_link_records,
+        ),
+        (reuse, "carry_graph", native.carry_graph, graphs.carry_graph),
         (index_builder.lexical.scan, "CompiledPostings", native.Postings, postings),
         (search.live_blocks, "live_scan", native.live_scan, scans),
         (search.live_segments, "live_scan", native.live_scan, scans),
@@ -123,7 +132,16 @@ def random_corpus(rng: np.random.Generator) -> Corpus:
         ann=AnnConfig(m=8, ef_construction=20, sketched_links=bool(rng.integers(2))),
     )
     ids = [f"é{row}" for row in range(count)]
-    index = EntityIndex.build("pin", ids, vectors, pl.DataFrame({"price": prices}), config)
+    table = pl.DataFrame({"price": prices})
+    index = EntityIndex.build("pin", ids, vectors, table, config)
+    if config.kind == "int8-graph" and rng.integers(2):
+        vectors = vectors.copy()
+        changed = rng.choice(count, count // 8, replace=False)
+        vectors[changed] = unit_rows(rng.standard_normal((len(changed), dimension)))
+        with tempfile.TemporaryDirectory() as folder:
+            index.save(Path(folder))
+            again = replace(config, reuse=Path(folder))
+            index = EntityIndex.build("pin", ids, vectors, table, again)
     return Corpus(index, vectors, prices)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from index_builder.building.carry_over import carry_entity
+from index_builder.building.carry_over import carry_entity, reusable_index
 from index_builder.building.entity_build import BuiltEntity, EntityBuild, build_or_resume
 from index_builder.building.fusion_build import add_fusion, remove_fusion
 from index_builder.building.inputs import EntityInput, QuerySet, fingerprint
@@ -42,7 +42,7 @@ from index_builder.releases.manifest import (
     Manifest,
     content_digest,
 )
-from index_builder.releases.release import BUNDLE_PARTS
+from index_builder.releases.release import BUNDLE_PARTS, read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
 from index_builder.storage.durable_files import disk_full_is_clear
@@ -140,7 +140,8 @@ class _Build:
         config, store = self.config, self.store
         carried = carried_types(self.inputs, self.bundle, store, self.parent)
         assert not set(self.inputs) & set(carried), "an entity type is either built or carried"
-        staging = self._staging(partial=bool(carried))
+        reuse = {entity_type: self._earlier(entity_type) for entity_type in self.inputs}
+        staging = self._staging(of_parent=bool(carried) or any(reuse.values()))
         self._check_disk(staging)
         content = staging / "content"
         content.mkdir(exist_ok=True)
@@ -149,7 +150,9 @@ class _Build:
             for entity_type in self.inputs:
                 remove_fusion(content / entity_type)  # of an interrupted run
             built = {
-                entity_type: build_or_resume(self._entity_build(entity_type, staging))
+                entity_type: build_or_resume(
+                    self._entity_build(entity_type, staging, reuse[entity_type])
+                )
                 for entity_type in sorted(self.inputs)
             }
             entities = {entity_type: item.entity for entity_type, item in built.items()}
@@ -213,9 +216,23 @@ class _Build:
                 " choose another --store."
             )
 
-    def _staging(self, partial: bool) -> Path:
-        """Return the folder of this build, with what an interrupted run left unless unwanted."""
-        key = self._key(self.parent if partial else None)
+    def _earlier(self, entity_type: str) -> Path | None:
+        """Return the folder of the active release's index of a type, if its graph may be reused."""
+        if self.parent is None or not self.config.incremental or self.config.deterministic:
+            return None
+        folder = self.store.path_of(self.parent)
+        manifest = read_manifest(folder)
+        if manifest.space_id != self.bundle.space_id:
+            return None
+        return reusable_index(entity_type, folder, manifest)
+
+    def _staging(self, of_parent: bool) -> Path:
+        """Return the folder of this build, with what an interrupted run left unless unwanted.
+
+        Args:
+            of_parent: Whether something of the active release goes into the new one.
+        """
+        key = self._key(self.parent if of_parent else None)
         staging = self.store.staging(key)
         if not self.config.resume:
             shutil.rmtree(staging)
@@ -241,7 +258,7 @@ class _Build:
     def _queries_for(self, entity_type: str) -> QuerySet | None:
         return self.queries.get(entity_type, self.queries.get("*"))
 
-    def _entity_build(self, entity_type: str, staging: Path) -> EntityBuild:
+    def _entity_build(self, entity_type: str, staging: Path, reuse: Path | None) -> EntityBuild:
         return EntityBuild(
             entity_type=entity_type,
             entities=self.inputs[entity_type],
@@ -250,6 +267,7 @@ class _Build:
             bundle=self.bundle,
             config=self.config,
             staging=staging,
+            reuse=reuse,
         )
 
     def _check_forms(

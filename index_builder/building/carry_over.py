@@ -1,7 +1,8 @@
-"""Carry what a release keeps from its parent: entity types that are not built again."""
+"""Carry what a release keeps from its parent: entity types not built again, graphs to reuse."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -9,10 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from index_builder.errors import ReleaseCorrupt
-from index_builder.releases.manifest import EntityManifest
+from index_builder.releases.manifest import EntityManifest, Manifest
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
-from index_builder.releases.verification import record_files
+from index_builder.releases.verification import hash_files, record_files
+
+log = logging.getLogger(__name__)
+
+_REUSABLE = ("int8-graph", "symqg")
+"""Kinds whose links are read from a release."""
 
 
 def link_files(names: Iterable[str], source: Path, target: Path) -> None:
@@ -57,3 +63,30 @@ def carry_entity(
 def carried_from(entity: EntityManifest, parent: str) -> EntityManifest:
     """Return an entity's manifest with the release that its index was first taken over from."""
     return replace(entity, carried_from=entity.carried_from or parent)
+
+
+def reusable_index(entity_type: str, folder: Path, manifest: Manifest) -> Path | None:
+    """Return the folder of a release's index whose graph may be carried over.
+
+    None where the release has no such graph, or where its vectors, codes or links are damaged.
+
+    Args:
+        entity_type: Which.
+        folder: Of the release.
+        manifest: Of the release.
+    """
+    entity = manifest.entities.get(entity_type)
+    if entity is None or entity.index.get("kind") not in _REUSABLE:
+        return None
+    parts = (f"{entity_type}/index.", f"{entity_type}/vectors.")
+    expected = {
+        name: file.sha256 for name, file in manifest.files.items() if name.startswith(parts)
+    }
+    try:
+        if hash_files({name: folder / name for name in expected}) == expected:
+            return folder / entity_type
+        damage = "its files differ from their manifest"
+    except OSError as error:
+        damage = str(error)
+    log.warning(f"{manifest.release_id}/{entity_type}: {damage}; its graph is not carried over")
+    return None

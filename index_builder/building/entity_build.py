@@ -23,7 +23,7 @@ from index_builder.building.live_fold import apply_live
 from index_builder.building.order import LiveChanges
 from index_builder.building.plan import Bundle, RebuildConfig, fit_memory
 from index_builder.building.proof import golden_record, replay, split_queries, stand_in_queries
-from index_builder.errors import ReleaseCorrupt
+from index_builder.errors import GateFailed, ReleaseCorrupt
 from index_builder.releases.golden import (
     GOLDEN_K,
     GOLDEN_NAME,
@@ -34,6 +34,7 @@ from index_builder.releases.golden import (
 from index_builder.releases.manifest import EntityManifest
 from index_builder.releases.verification import record_files
 from index_builder.search.calibration import check_gate
+from index_builder.search.construction import INCREMENTAL
 from index_builder.search.entity_index import CalibrationQueries, EntityIndex
 from index_builder.storage.durable_files import write_durably
 from index_builder.storage.peak_memory import PeakMemory
@@ -61,6 +62,7 @@ class EntityBuild:
         bundle: Model bundle that made the vectors.
         config: How to build.
         staging: Folder of the build; the index goes to ``content/<entity type>``.
+        reuse: Folder of an earlier index whose graph may be carried over, or None.
     """
 
     entity_type: str
@@ -70,6 +72,7 @@ class EntityBuild:
     bundle: Bundle
     config: RebuildConfig
     staging: Path
+    reuse: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -155,20 +158,10 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
             proof.golden_texts, proof.golden_vectors, entities.ids, vectors, proof.source
         )
         laps.end("golden answers")
-        kind = fit_memory(build.entity_type, len(entities.ids), build.bundle.dimension, config)
-        index = EntityIndex.build(
-            build.entity_type,
-            entities.ids,
-            vectors,
-            entities.attributes,
-            replace(kind, ann=replace(kind.ann, scratch=build.staging)),
-            calibration_queries=CalibrationQueries(proof.calibration, proof.source),
-            lexical=entities.lexical(),
-        )
+        queries = CalibrationQueries(proof.calibration, proof.source)
+        index, incremental = _build_index(build, entities, vectors, queries)
         laps.end("index and calibrate")
         facts, curve = index.describe(), index.calibration
-        if curve is not None and index.count:
-            check_gate(curve, config.min_recall, build.entity_type)
         recall_before = _save(index, golden, build.folder)
         build.changes.folded.settled.write(build.folder)
         del index
@@ -177,7 +170,8 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
         laps.end("load and replay")
         input_file.unlink(missing_ok=True)
     log.info(
-        f"{build.entity_type}: {facts.get('kind')} index, golden recall@{GOLDEN_K} {recall:.3f},"
+        f"{build.entity_type}: {facts.get('kind')} index, {_how_built(incremental)}, golden"
+        f" recall@{GOLDEN_K} {recall:.3f},"
         f" peak {peak.private_mib:,.0f} MiB, {sum(laps.seconds.values()):.1f} s"
     )
     entity = EntityManifest(
@@ -194,9 +188,58 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
         "peak_private_mib": round(peak.private_mib, 1),
         "peak_resident_mib": round(peak.resident_mib, 1),
         "live": build.changes.folded.report(),
+        INCREMENTAL: incremental,
         "curve": curve.as_dict()["points"] if curve is not None else [],
     }
     return BuiltEntity(entity, measured)
+
+
+def _build_index(
+    build: EntityBuild, entities: EntityInput, vectors: np.ndarray, queries: CalibrationQueries
+) -> tuple[EntityIndex, dict[str, Any]]:
+    """Build and gate an index; in full where one that carries a graph over misses the gate.
+
+    Returns:
+        The index, and what of it was carried over, or why nothing was.
+
+    Raises:
+        GateFailed: Its recall misses the target.
+    """
+    kind = fit_memory(build.entity_type, len(entities.ids), build.bundle.dimension, build.config)
+    config = replace(kind, ann=replace(kind.ann, scratch=build.staging), reuse=build.reuse)
+    lexical = entities.lexical()
+    why = "not wanted" if build.reuse is None else "the index is exact"
+    while True:
+        index = EntityIndex.build(
+            build.entity_type,
+            entities.ids,
+            vectors,
+            entities.attributes,
+            config,
+            calibration_queries=queries,
+            lexical=lexical,
+        )
+        incremental = index.describe().get(INCREMENTAL, {"used": False, "why": why})
+        try:
+            if index.calibration is not None and index.count:
+                check_gate(index.calibration, build.config.min_recall, build.entity_type)
+            return index, incremental
+        except GateFailed as error:
+            if not incremental["used"]:
+                raise
+            log.warning("%s: with a graph carried over: %s", build.entity_type, error)
+            why = "the graph that was carried over missed the gate"
+            config = replace(config, reuse=None)
+
+
+def _how_built(incremental: dict[str, Any]) -> str:
+    """Return a clause on what was carried over."""
+    if not incremental["used"]:
+        return f"built in full ({incremental['why']})"
+    return (
+        f"{incremental['kept']:,} vectors carried over, {incremental['inserted']:,} inserted,"
+        f" {incremental['removed']:,} removed"
+    )
 
 
 def _checked_input(build: EntityBuild, input_file: Path) -> tuple[EntityInput, np.ndarray]:

@@ -75,6 +75,8 @@ class RebuildConfig:
     """Of the choice of golden and calibration queries."""
     max_memory_mib: int | None = None
     """Private memory the build may use at its peak; None: no limit."""
+    incremental: bool = True
+    """Carry the graphs of the active release over where little changed; deterministic: never."""
     release_id: str | None = None
     """None: time and content (deterministic: content only)."""
     activate: bool = True

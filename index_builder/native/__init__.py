@@ -38,6 +38,10 @@ Engine: Any = getattr(_engine, "Engine", None)
 """Searches of one entity type, see ``engine.cpp``; None where the extension was not built."""
 link_records: Any = getattr(_engine, "link_records", None)
 """``link_records(vectors, dimension, graph, scale, out)``, see ``links.h``; None likewise."""
+carry_graph: Any = getattr(_engine, "carry_graph", None)
+"""Links of a changed corpus from those of an earlier one, see ``carry.h``; None likewise."""
+carry_link_records: Any = getattr(_engine, "carry_link_records", None)
+"""``link_records`` that copies what an earlier corpus had, see ``carry.h``; None likewise."""
 SIMD: str = getattr(_engine, "simd", "none")
 """Instruction set of the kernels: ``avx512vnni``, ``avx2``, ``plain``; ``none`` without them."""
 Postings: Any = getattr(_lexical, "Postings", None)

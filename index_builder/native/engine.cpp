@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "carry.h"
 #include "core.h"
 
 namespace {
@@ -375,9 +376,102 @@ PyObject* link_records(PyObject*, PyObject* args) {
   Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
-PyMethodDef module_methods[] = {{"link_records", link_records, METH_VARARGS,
-                                 "link_records(vectors, dimension, graph, scale, out)"},
-                                {nullptr, nullptr, 0, nullptr}};
+// Whether each number is below `limit` or `gone`, and no other one comes twice.
+bool are_distinct_nodes(const uint32_t* numbers, size_t count, size_t limit) {
+  std::vector<uint8_t> met(limit, 0);
+  for (size_t i = 0; i < count; i++) {
+    if (numbers[i] == gone) continue;
+    if (numbers[i] >= limit || met[numbers[i]]) return false;
+    met[numbers[i]] = 1;
+  }
+  return true;
+}
+
+// carry_graph(vectors, dimension, earlier, node_now, entry, ef, out) -> count: writes the links of a
+// changed corpus, and says how many of the nodes that stay were inserted again.
+PyObject* carry_graph(PyObject*, PyObject* args) {
+  PyObject *vectors_object, *earlier_object, *now_object, *out_object;
+  Py_ssize_t dimension, entry, ef;
+  Array vectors, earlier, now, out;
+  if (!PyArg_ParseTuple(args, "OnOOnnO", &vectors_object, &dimension, &earlier_object, &now_object,
+                        &entry, &ef, &out_object))
+    return nullptr;
+  if (!vectors.take(vectors_object, "vectors") || !earlier.take(earlier_object, "earlier") ||
+      !now.take(now_object, "node_now") || !out.take(out_object, "out", true))
+    return nullptr;
+  if (dimension < 1 || dimension > most_dimensions)
+    return refuse(PyExc_ValueError, "vectors cannot be that wide");
+  const size_t width = size_t(dimension), count = vectors.bytes() / (4 * width);
+  const size_t before = now.bytes() / 4, degree = count ? out.bytes() / (4 * count) : 0;
+  if (count == 0 || count >= most_nodes || degree == 0 || vectors.bytes() != 4 * count * width ||
+      out.bytes() != 4 * count * degree || earlier.bytes() != 4 * before * degree)
+    return refuse(PyExc_ValueError, "vectors, earlier, node_now and out do not fit each other");
+  if (ef < 1 || entry < 0 || size_t(entry) >= count)
+    return refuse(PyExc_ValueError, "ef or entry is out of range");
+  const uint32_t *links = earlier.as<uint32_t>(), *node_now = now.as<uint32_t>();
+  if (std::any_of(links, links + before * degree, [&](uint32_t to) { return to >= before; }))
+    return refuse(PyExc_ValueError, "a link points past the nodes");
+  bool fits = false;
+  size_t again = 0;
+  const bool done = unlocked([&] {
+    fits = are_distinct_nodes(node_now, before, count) &&
+           std::find(node_now, node_now + before, uint32_t(entry)) != node_now + before;
+    CarriedGraph graph(vectors.as<float>(), width, count, static_cast<uint32_t*>(out.view.buf),
+                       degree);
+    if (fits) again = graph.carry({links, node_now, before}, uint32_t(entry), size_t(ef));
+  });
+  if (!done) return nullptr;
+  if (!fits) return refuse(PyExc_ValueError, "node_now names a node twice, or not the entry");
+  return PyLong_FromSize_t(again);
+}
+
+// carry_link_records(vectors, dimension, graph, scale, earlier, node_now, ratio, out): writes the
+// records of all links; those of links that are still there are copied from `earlier`.
+PyObject* carry_link_records(PyObject*, PyObject* args) {
+  PyObject *vectors_object, *graph_object, *earlier_object, *now_object, *out_object;
+  Py_ssize_t dimension;
+  double scale, ratio;
+  Array vectors, graph, earlier, now, out;
+  if (!PyArg_ParseTuple(args, "OnOdOOdO", &vectors_object, &dimension, &graph_object, &scale,
+                        &earlier_object, &now_object, &ratio, &out_object))
+    return nullptr;
+  if (!vectors.take(vectors_object, "vectors") || !graph.take(graph_object, "graph") ||
+      !earlier.take(earlier_object, "earlier") || !now.take(now_object, "node_now") ||
+      !out.take(out_object, "out", true))
+    return nullptr;
+  if (dimension < 1 || dimension > most_dimensions)
+    return refuse(PyExc_ValueError, "vectors cannot be that wide");
+  const size_t width = size_t(dimension), count = vectors.bytes() / (4 * width);
+  const size_t before = now.bytes() / 4;
+  const LinkLayout layout{count ? graph.bytes() / (4 * count) : 0, (width + 63) / 64 * 64};
+  if (count == 0 || layout.degree % block_rows || vectors.bytes() != 4 * count * width ||
+      graph.bytes() != 4 * count * layout.degree || out.bytes() != count * layout.bytes() ||
+      earlier.bytes() != before * layout.bytes())
+    return refuse(PyExc_ValueError, "vectors, graph, earlier and out do not fit each other");
+  const uint32_t* links = graph.as<uint32_t>();
+  if (std::any_of(links, links + count * layout.degree, [&](uint32_t to) { return to >= count; }))
+    return refuse(PyExc_ValueError, "a link points past the nodes");
+  bool fits = false;
+  const bool done = unlocked([&] {
+    fits = are_distinct_nodes(now.as<uint32_t>(), before, count);
+    const ScaledVectors scaled{vectors.as<float>(), width, float(scale)};
+    const EarlierRecords records{earlier.as<uint8_t>(), now.as<uint32_t>(), before, float(ratio)};
+    if (fits)
+      carry_records(layout, scaled, records, links, count, static_cast<uint8_t*>(out.view.buf));
+  });
+  if (!done) return nullptr;
+  if (!fits) return refuse(PyExc_ValueError, "node_now names a node twice");
+  Py_RETURN_NONE;
+}
+
+PyMethodDef module_methods[] = {
+    {"link_records", link_records, METH_VARARGS,
+     "link_records(vectors, dimension, graph, scale, out)"},
+    {"carry_graph", carry_graph, METH_VARARGS,
+     "carry_graph(vectors, dimension, earlier, node_now, entry, ef, out) -> inserted again"},
+    {"carry_link_records", carry_link_records, METH_VARARGS,
+     "carry_link_records(vectors, dimension, graph, scale, earlier, node_now, ratio, out)"},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyMethodDef engine_methods[] = {
     method("finish", engine_finish, "finish(nodes, distances, k, out, mask, hidden) -> ids"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +13,15 @@ import polars as pl
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
 from index_builder.ann import AnnConfig, AnnIndex, build_index, choose_kind
-from index_builder.ann.choice import KINDS
+from index_builder.ann.choice import KINDS, Choice
 from index_builder.ann.graph_files import unreachable_nodes
 from index_builder.ann.int8_graph import Int8GraphIndex
+from index_builder.ann.reuse import EarlierIndex, NotReusable, carried_over
+from index_builder.errors import IndexFormatError
 from index_builder.filters.attributes import AttributeTable
 from index_builder.search.calibration import latency_at_recall
 from index_builder.search.index_config import IndexConfig
-from index_builder.search.index_files import IndexParts
+from index_builder.search.index_files import IndexParts, IndexRecord
 from index_builder.storage.corpus import Corpus, check_vectors
 from index_builder.storage.engine_arrays import MAX_DIMENSION, EngineArrays
 from index_builder.storage.id_table import IdTable
@@ -26,6 +29,8 @@ from index_builder.storage.id_table import IdTable
 RACE_QUERIES = 500
 """Calibration queries that decide between two searches of one graph."""
 _FEWEST_RACED = 20
+INCREMENTAL = "incremental"
+"""Name among the facts of an index: what was carried over from an earlier one."""
 
 
 class CalibrationQueries(NamedTuple):
@@ -40,6 +45,8 @@ class CalibrationQueries(NamedTuple):
 class _BuiltAnn(NamedTuple):
     ann: AnnIndex
     why: str
+    incremental: dict[str, Any] | None = None
+    """What was carried over from an earlier index, or why nothing was; None: not wanted."""
 
 
 def build_parts(
@@ -67,7 +74,8 @@ def build_parts(
         ann=built.ann,
         arrays=_engine_arrays(built.ann, corpus.vectors, filtered),
     )
-    return parts, _facts(parts, built.why)
+    facts = _facts(parts, built.why)
+    return parts, facts if built.incremental is None else facts | {INCREMENTAL: built.incremental}
 
 
 def _attribute_table(attributes: pl.DataFrame | None, rows: int) -> AttributeTable:
@@ -82,20 +90,59 @@ def _attribute_table(attributes: pl.DataFrame | None, rows: int) -> AttributeTab
 
 
 def _build_ann(vectors: np.ndarray, config: IndexConfig, queries: np.ndarray | None) -> _BuiltAnn:
-    """Build the requested kind, or what ``auto`` chooses; calibration queries decide a race."""
+    """Carry an earlier graph over where that is wanted and possible; else build one."""
     reproducible = config.ann.reproducible or config.deterministic
     parameters = replace(config.ann, reproducible=reproducible)
     if len(vectors) == 0:
         return _BuiltAnn(build_index("exact", vectors, parameters), "there are no vectors")
-    if config.kind != "auto":
-        return _BuiltAnn(build_index(config.kind, vectors, parameters), "requested")
-    choice = choose_kind(
-        len(vectors),
-        dimension=int(vectors.shape[1]),
-        low_memory=config.low_memory,
-        deterministic=reproducible,
-    )
+    choice = Choice(config.kind, "requested", sketched_links=parameters.sketched_links)
+    if config.kind == "auto":
+        choice = choose_kind(
+            len(vectors),
+            dimension=int(vectors.shape[1]),
+            low_memory=config.low_memory,
+            deterministic=reproducible,
+        )
     parameters = replace(parameters, sketched_links=choice.sketched_links)
+    if config.reuse is None or choice.kind == "exact":
+        return _built_in_full(choice, vectors, config, parameters, queries)
+    try:
+        earlier = _earlier_index(config.reuse, choice)
+        ann, reuse = carried_over(earlier, vectors, parameters)
+        return _BuiltAnn(ann, str(reuse), {"used": True, **reuse.as_dict()})
+    except NotReusable as reason:
+        built = _built_in_full(choice, vectors, config, parameters, queries)
+        return built._replace(incremental={"used": False, "why": str(reason)})
+
+
+def _earlier_index(folder: Path, choice: Choice) -> EarlierIndex:
+    """Return an earlier index whose graph may stand for the chosen kind's.
+
+    Raises:
+        NotReusable: It is of another kind, or cannot be read.
+    """
+    try:
+        record = IndexRecord.read(folder)
+        vectors = Corpus.load(folder).vectors
+    except IndexFormatError as error:
+        raise NotReusable(f"the earlier index cannot be read ({error})") from error
+    if record.kind not in (choice.kind, choice.rival):
+        raise NotReusable(f"the kind is {choice.kind} and was {record.kind}")
+    if choice.kind != "int8-graph" and choice.rival != "int8-graph":
+        raise NotReusable(f"a graph of kind {choice.kind} is always built in full")
+    incremental = record.facts.get(INCREMENTAL, {})
+    changed = float(incremental.get("changed_since_full", 0.0))
+    return EarlierIndex(folder, record.kind, record.facts["parameters"], vectors, changed)
+
+
+def _built_in_full(
+    choice: Choice,
+    vectors: np.ndarray,
+    config: IndexConfig,
+    parameters: AnnConfig,
+    queries: np.ndarray | None,
+) -> _BuiltAnn:
+    """Build the chosen kind; where a rival may be faster, calibration queries decide."""
     built = _BuiltAnn(build_index(choice.kind, vectors, parameters), choice.why)
     if choice.rival is None or queries is None:
         return built

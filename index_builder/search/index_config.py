@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig
@@ -26,6 +27,8 @@ class IndexConfig:
     """The same input and seed give the same bytes; builds on one thread."""
     default_recall: float = DEFAULT_RECALL
     """ANN recall@10 that searches aim at when they do not say."""
+    reuse: Path | None = field(default=None, repr=False, compare=False)
+    """Folder of an earlier index whose graph is carried over where little changed; None: built."""
 
     def __post_init__(self) -> None:
         check_kind(self.kind)

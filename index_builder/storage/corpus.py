@@ -14,6 +14,8 @@ from index_builder.errors import IndexFormatError
 NORM_TOLERANCE = 1e-3
 UNIT_ERROR = 5e-7
 """Rows whose norm is nearer to 1 stay as they are, to the bit; others are divided by their norm."""
+GONE = np.uint32(2**32 - 1)
+"""In place of a node's number: the vector is no longer there."""
 _BLOCK = 65_536
 
 
@@ -169,6 +171,31 @@ class Corpus:
                 f"the nodes of {folder.name!r} point past its vectors. Rebuild this release."
             )
         return cls._with_nodes(vectors, nodes)
+
+
+def node_now(earlier: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Find each distinct vector of an earlier corpus in another one, by its very bytes.
+
+    Args:
+        earlier: float32 ``(U, D)``, distinct rows.
+        vectors: float32 ``(U', D)``, distinct rows.
+
+    Returns:
+        uint32 ``(U,)``: its row among ``vectors``, or ``GONE``.
+    """
+    keys = _hashes(vectors)
+    order = np.argsort(keys, kind="stable")
+    wanted = _hashes(earlier)
+    places = np.searchsorted(keys[order], wanted)
+    found = order[np.minimum(places, len(order) - 1)] if len(order) else np.zeros(0, np.int64)
+    result = np.full(len(earlier), GONE, dtype=np.uint32)
+    for start in range(0, len(earlier) if len(order) else 0, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        same = keys[found[block]] == wanted[block]
+        rows = start + np.flatnonzero(same)
+        equal = (earlier[rows] == vectors[found[rows]]).all(axis=1)
+        result[rows[equal]] = found[rows[equal]]
+    return result
 
 
 def _distinct(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

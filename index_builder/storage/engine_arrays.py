@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from index_builder.errors import IndexFormatError
-from index_builder.native import Engine, link_records
+from index_builder.native import Engine, carry_link_records, link_records
 from index_builder.storage.corpus import Corpus
 from index_builder.storage.id_table import IdTable
 
@@ -84,10 +84,31 @@ class EngineArrays:
         )
         if sketched_links:
             assert graph is not None, "links need a graph"
-            dimension = vectors.shape[1]
-            scale = 1.0 / float(quantiser[dimension : 2 * dimension].mean(dtype=np.float64))
-            arrays = replace(arrays, links=_sketched_links(vectors, graph, scale))
+            links = _sketched_links(vectors, graph, _link_scale(quantiser))
+            arrays = replace(arrays, links=links)
         return arrays.with_sketches(vectors) if sketches else arrays
+
+    def carried(self, vectors: np.ndarray, graph: np.ndarray, node_now: np.ndarray) -> EngineArrays:
+        """Return the arrays of a changed corpus: its own codes, and records of kept links copied.
+
+        Args:
+            vectors: float32 ``(U', D)`` of the changed corpus.
+            graph: Its out-links, uint32 ``(U', degree)``.
+            node_now: uint32 ``(U,)``, number in the changed corpus of each vector of this one, or
+                ``GONE``.
+        """
+        if self.links is None or self.quantiser is None:
+            return EngineArrays.build(vectors, graph, sketched_links=self.links is not None)
+        arrays = EngineArrays.build(vectors, None)
+        assert arrays.quantiser is not None
+        links = _aligned((len(vectors), self.links.shape[1]))
+        links[:] = 0
+        scale = _link_scale(arrays.quantiser)
+        ratio = scale / _link_scale(self.quantiser)
+        carry_link_records(
+            vectors, vectors.shape[1], graph, scale, self.links, node_now, ratio, links
+        )
+        return replace(arrays, links=links)
 
     def with_sketches(self, vectors: np.ndarray) -> Self:
         """Return the same with sketches of ``vectors``, which filters use."""
@@ -118,6 +139,14 @@ class EngineArrays:
         Raises:
             IndexFormatError: A file is missing or does not fit the vectors.
         """
+        arrays = cls.mapped(folder, vectors)
+        if arrays.links is None:
+            return arrays
+        return replace(arrays, codes=_resident(arrays.codes), links=_resident(arrays.links))
+
+    @classmethod
+    def mapped(cls, folder: Path, vectors: np.ndarray) -> Self:
+        """Map what ``save`` wrote and read none of it into memory. Raises as ``load``."""
         try:
             arrays = {name: _mapped(folder / f"index.{name}.npy") for name in _ARRAYS}
         except (OSError, ValueError) as error:
@@ -131,9 +160,6 @@ class EngineArrays:
             )
         _check_shapes(folder.name, codes, graph, links, vectors.shape)
         _check_quantiser(folder.name, arrays["quantiser"], vectors.shape[1])
-        if links is not None:
-            codes = _resident(codes)
-            links = _resident(links)
         return cls(
             codes,
             graph,
@@ -199,6 +225,12 @@ def _quantised(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Rounding of float32 in these sums must not make a bound too small
     facts = np.array([error * 1.0001 + 1e-6, reach * 1.0001], dtype=np.float32)
     return codes, np.concatenate([centre, step, facts])
+
+
+def _link_scale(quantiser: np.ndarray) -> float:
+    """Return what components are multiplied by to be in units of the mean step."""
+    dimension = len(quantiser) // 2 - 1
+    return 1.0 / float(quantiser[dimension : 2 * dimension].mean(dtype=np.float64))
 
 
 def _check_quantiser(name: str, quantiser: np.ndarray | None, dimension: int) -> None:

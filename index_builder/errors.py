@@ -82,11 +82,12 @@ class FilterError(InvalidQuery):
 class UnknownEntityType(OmniError):
     """The release has no index of this entity type."""
 
-    def __init__(self, entity_type: str, known: list[str]) -> None:
+    def __init__(self, entity_type: str, known: list[str], where: str = "") -> None:
         self.entity_type = entity_type
         self.known = known
+        begin = f"{where}: " if where else ""
         super().__init__(
-            f"no index for entity type {entity_type!r}: this release has"
+            f"{begin}no index for entity type {entity_type!r}: this release has"
             f" {', '.join(sorted(known)) or 'none'}."
         )
 

@@ -117,8 +117,10 @@ def read_changes(
         ready = _ready(frame.filter(has_vector), manifest, path.name)
         frame = frame.filter(~has_vector).drop("embedding")
     embedded = frame["entity_type"].unique().to_list() if frame.height else []
-    for entity_type in {*deletes, *ready, *embedded} - set(manifest.entities):
-        raise UnknownEntityType(entity_type, sorted(manifest.entities))
+    for entity_type in sorted({*deletes, *ready, *embedded} - set(manifest.entities)):
+        rows = raw.filter(raw["entity_type"].str.strip_chars() == entity_type)[ROW]
+        where = f"{path.name}, row {rows[0]}" if len(rows) else path.name
+        raise UnknownEntityType(entity_type, sorted(manifest.entities), where)
     return Changes(frame, ready, deletes)
 
 

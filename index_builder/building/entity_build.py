@@ -208,7 +208,7 @@ def _build_index(
     kind = fit_memory(build.entity_type, len(entities.ids), build.bundle.dimension, build.config)
     config = replace(kind, ann=replace(kind.ann, scratch=build.staging), reuse=build.reuse)
     lexical = entities.lexical()
-    why = "not wanted" if build.reuse is None else "the index is exact"
+    why = "not wanted, or no graph to carry over" if build.reuse is None else "the index is exact"
     while True:
         index = EntityIndex.build(
             build.entity_type,

@@ -56,7 +56,10 @@ def built(
 def test_rebuild_after_few_changes_carries_the_graph_over(
     bundle: Path, store: ReleaseStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert built(bundle, store, pins()) == {"used": False, "why": "not wanted"}
+    assert built(bundle, store, pins()) == {
+        "used": False,
+        "why": "not wanted, or no graph to carry over",
+    }
     with caplog.at_level(logging.INFO):
         second = built(bundle, store, pins(changed=30, gone=20))
     assert second["used"] and second["changed_since_full"] == pytest.approx(50 / 980, abs=1e-4)
@@ -84,8 +87,8 @@ def test_rebuild_adds_up_changes_until_a_full_build(bundle: Path, store: Release
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"incremental": False}, "not wanted"),
-        ({"deterministic": True}, "not wanted"),
+        ({"incremental": False}, "not wanted, or no graph to carry over"),
+        ({"deterministic": True}, "not wanted, or no graph to carry over"),
         ({"kind": "hnsw"}, "the kind is hnsw and was int8-graph"),
         ({"kind": "exact"}, "exact"),
     ],

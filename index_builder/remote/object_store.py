@@ -43,8 +43,12 @@ class ObjectStore:
 
             options: dict[str, Any] = _BOUNDED_S3 if scheme in ("s3", "s3a") else {}
             self._files, self._root = fsspec.core.url_to_fs(self.url, **options)
+        except ModuleNotFoundError as error:
+            raise MissingDependency("fsspec", "remote", f"A store at {scheme}://") from error
         except ImportError as error:
-            raise MissingDependency("s3fs", "remote", f"A store at {scheme}://") from error
+            if scheme in ("s3", "s3a"):
+                raise MissingDependency("s3fs", "remote", f"A store at {scheme}://") from error
+            raise RemoteUnreachable(f"{url}: {error}") from error  # fsspec names the package
         except ValueError as error:
             raise RemoteUnreachable(
                 f"{url}: expected a URL such as s3://bucket/prefix, but got an unknown kind:"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from encoders.errors import MissingDependency
 from index_builder.building.build import build_release
 from index_builder.commands import release as release_commands
 from index_builder.errors import (
@@ -279,6 +280,22 @@ def test_store_without_network_is_one_typed_error(
     with pytest.raises(RemoteUnreachable, match="What is active stays"):
         pull_release(store, remote)
     assert store.current() == "r1"
+
+
+@pytest.mark.parametrize(
+    ("module", "url", "wanted"),
+    [
+        ("fsspec", "file:///tmp/x", "'fsspec'.*omnisearchsage\\[remote\\]"),
+        ("s3fs", "s3://bucket/x", "'s3fs'.*omnisearchsage\\[remote\\]"),
+        ("gcsfs", "gs://bucket/x", "gs://bucket/x: .*gcsfs"),
+    ],
+)
+def test_store_without_its_library_names_it(
+    module: str, url: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises((MissingDependency, RemoteUnreachable), match=wanted):
+        ObjectStore(url)
 
 
 @pytest.mark.slow

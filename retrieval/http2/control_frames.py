@@ -73,6 +73,7 @@ class ControlFrames:
             raise Http2Error(frames.PROTOCOL_ERROR, "RST_STREAM of a stream that was never opened")
         self._responses.out.counts.client_resets += 1
         streams.refused.discard(stream)
+        streams.end_lingering(stream)
         call = streams.calls.get(stream)
         if call is not None:
             streams.cancel(call)

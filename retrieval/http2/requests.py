@@ -185,6 +185,7 @@ class RequestReader:
                 raise Http2Error(frames.PROTOCOL_ERROR, f"HEADERS on stream {stream}, out of order")
             elif stream not in streams.reset:
                 raise Http2Error(frames.STREAM_CLOSED, f"HEADERS on stream {stream}, which ended")
+            streams.end_lingering(stream)
         elif call.ended:
             self._reset(call, frames.STREAM_CLOSED)
         elif not flags & END_STREAM or not head.is_trailers:
@@ -258,6 +259,8 @@ class RequestReader:
             return
         if stream == 0 or streams.never_opened(stream):
             raise Http2Error(frames.PROTOCOL_ERROR, f"DATA on stream {stream}, which is not open")
+        if flags & END_STREAM:
+            streams.end_lingering(stream)
         if stream in streams.reset or streams.draining:  # it was on its way
             if paid < SMALL_FRAME_BYTES:
                 streams.budget.left -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import grpc
@@ -13,6 +14,13 @@ from retrieval.http2.refusals import Aborted, Refusal
 from retrieval.http2.streams import FrameWriter, Streams
 
 ANSWERS_PER_WRITE = 8
+STOP_SECONDS = 1.0
+"""How long a client has to read a whole HTTP answer before it is told to send no more.
+
+Some clients (curl 7) take the answer for lost if both reach them together.
+"""
+MAX_LINGERING = 100
+"""Streams of a connection that wait for that; the others are reset at once."""
 FRAMES_PER_WRITE = 16
 """Frames of long answers that are gathered before the transport says whether the peer reads."""
 
@@ -148,8 +156,26 @@ class ResponseWriter:
     def _close(self, call: Call) -> None:
         """Forget a call whose answer has ended; a client that goes on sending is told not to."""
         if not call.ended:
-            self.reset(call.stream, frames.NO_ERROR)
+            if call.head.method.is_http:
+                self._stop_later(call.stream)
+            else:
+                self.reset(call.stream, frames.NO_ERROR)
         self._streams.close(call)
+
+    def _stop_later(self, stream: int) -> None:
+        """Ignore what still comes, and tell the client in a while to send no more."""
+        streams = self._streams
+        if len(streams.lingering) >= MAX_LINGERING:
+            self.reset(stream, frames.NO_ERROR)
+            return
+        streams.remember_reset(stream)
+        loop = asyncio.get_running_loop()
+        streams.lingering[stream] = loop.call_later(STOP_SECONDS, self._stop, stream)
+
+    def _stop(self, stream: int) -> None:
+        del self._streams.lingering[stream]
+        self.reset(stream, frames.NO_ERROR)
+        self.out.flush()
 
     def reject(self, call: Call, error: int | Aborted) -> None:
         """End a call that cannot be served, with an HTTP status or a gRPC one."""

@@ -182,6 +182,7 @@ class Streams:
         refused: Streams that were refused before their message had come.
         reset: The last streams that were reset before the client had ended them: what still comes
             on these is ignored.
+        lingering: Timers of those that are answered, and will be reset unless the client ends them.
         last: Highest stream that the client has opened.
         draining: No stream opens any more, as GOAWAY has named the last one.
         on_drained: Called when the last call of a draining connection has ended.
@@ -196,6 +197,7 @@ class Streams:
         "draining",
         "flow",
         "last",
+        "lingering",
         "on_drained",
         "refused",
         "reset",
@@ -205,6 +207,7 @@ class Streams:
         self.calls: dict[int, Call] = {}
         self.refused: set[int] = set()
         self.reset: dict[int, None] = {}  # oldest first
+        self.lingering: dict[int, asyncio.TimerHandle] = {}
         self._skipped: list[range] = []
         self._skipped_count = 0
         self.last = 0
@@ -247,6 +250,12 @@ class Streams:
         if len(self.reset) > MAX_REMEMBERED:
             del self.reset[next(iter(self.reset))]
 
+    def end_lingering(self, stream: int) -> None:
+        """Note that the client has ended a stream, which may be an answered one."""
+        timer = self.lingering.pop(stream, None)
+        if timer is not None:
+            timer.cancel()
+
     def is_open(self, call: Call) -> bool:
         """Return whether a call has not ended."""
         return self.calls.get(call.stream) is call
@@ -282,6 +291,8 @@ class Streams:
         self.calls.clear()
         self.flow.blocked.clear()
         self.flow.congested.clear()
+        for stream in list(self.lingering):
+            self.end_lingering(stream)
         for call in calls:
             call.is_cancelled = True
             call.drop()

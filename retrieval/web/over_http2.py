@@ -20,12 +20,6 @@ NOT_CALLS = frozenset((401, 404, 405, 415, 421, 431))
 """Answers to requests that reach no method: they are charged."""
 NOT_CALL_COST = 2 * CONTROL_FRAMES_PER_CALL
 """Control frames; an answer earns half of it back."""
-DRAIN_SECONDS = 1.0
-DRAIN_BYTES = 64 * 2**10
-"""How long, and how much, of a body that nobody reads is waited for.
-
-Some clients (curl 7) take an answer for lost if their upload is reset before its end.
-"""
 
 
 def http_method(app: ASGIApp) -> Method:
@@ -34,7 +28,6 @@ def http_method(app: ASGIApp) -> Method:
     async def answer(call: Call) -> None:
         exchange = _Exchange(call)
         await app(exchange.scope(), exchange.receive, exchange.send)
-        await exchange.drain()
 
     return Method(stream=answer, client_streaming=True, is_http=True)
 
@@ -113,16 +106,6 @@ class _Exchange:
         content = b"" if self._fields[b":method"] == b"HEAD" else bytes(self._content)
         cost = NOT_CALL_COST if status in NOT_CALLS else 0
         self._call.writer.send_http(self._call, block, content, cost)
-
-    async def drain(self) -> None:
-        """Drop what is left of the body, if it comes soon and is short."""
-        self._body_until = min(self._body_until, monotonic() + DRAIN_SECONDS)
-        left = DRAIN_BYTES
-        while left > 0 and not self._has_body:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                return
-            left -= len(message["body"])
 
 
 def _host_and_port(peer: str) -> tuple[str, int] | None:

@@ -5,7 +5,9 @@ import shutil
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from retrieval.http2 import frames
+from retrieval.http2 import frames, responses
 from retrieval.web import over_http2
 from tests.helpers.certificates import make_certificates, needs_openssl
 from tests.helpers.raw_http2 import HELLO, goaway_code, read_frames, read_until_pong
@@ -283,12 +285,46 @@ def test_requests_that_reach_no_method_end_the_connection_at_last(raw: socket.so
     assert goaway_code(found) == frames.ENHANCE_YOUR_CALM
 
 
-def test_body_that_nobody_reads_is_let_in_before_the_stream_ends(raw: socket.socket) -> None:
+def resets(found: list[tuple[int, int, int, bytes]]) -> list[tuple[int, bytes]]:
+    """Streams that were reset, with the codes."""
+    return [(stream, code) for kind, _, stream, code in found if kind == frames.RST_STREAM]
+
+
+def test_answer_before_the_body_has_come_leaves_time_to_read_it(
+    raw: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "STOP_SECONDS", 0.3)
     raw.sendall(opening(1, ("content-type", "text/plain")))
-    read_until_pong(raw)
-    raw.sendall(data(1, ASK_BYTES))
-    found = read_until_pong(raw)
-    assert not [kind for kind, *_ in found if kind == frames.RST_STREAM]
     raw.sendall(opening(3, ("content-type", "text/plain")))
-    found = read_frames(raw, all_ended(3))
-    assert answers(found)[3][0] == 415, "a body that does not come is not waited for"
+    found = read_frames(raw, all_ended(1, 3))
+    assert {answer[0] for answer in answers(found).values()} == {415}
+    raw.sendall(data(1, ASK_BYTES, 0) + data(3, ASK_BYTES))  # the second one ends
+    found += read_until_pong(raw)
+    assert resets(found) == []
+    found = read_frames(raw, resets)
+    assert resets(found) == [(1, struct.pack(">I", frames.NO_ERROR))]
+    time.sleep(0.3)
+    raw.sendall(data(1, ASK_BYTES))  # was on its way
+    assert resets(read_until_pong(raw)) == []
+
+
+def test_answers_before_their_bodies_are_reset_at_once_where_they_are_too_many(
+    raw: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "MAX_LINGERING", 2)
+    for stream in (1, 3, 5):
+        raw.sendall(opening(stream, ("content-type", "text/plain")))
+        read_frames(raw, all_ended(stream))
+    raw.sendall(frames.reset_stream(1, frames.NO_ERROR))
+    raw.sendall(opening(7, ("content-type", "text/plain")))
+    found = read_frames(raw, all_ended(7)) + read_until_pong(raw)
+    assert 7 not in dict(resets(found)), "the client's reset has made room"
+
+
+@needs_curl
+def test_uploads_that_are_refused_get_their_answer_from_a_busy_server(
+    running_server: Running,
+) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: curl_h2(running_server, b" " * 2**22)[0], range(24)))
+    assert found == [429] * 24

@@ -15,11 +15,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
 
 from encoders.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    help="Folder of the record. [default: benchmarks/results]",
+)
 
 
 def machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks.faults.overload import overload, split_cores
 from benchmarks.faults.servers import COUNTS, ServerProcess, prepare_store
 from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
 from benchmarks.faults.swaps import swaps_under_load
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
 from index_builder.releases.store import ReleaseStore
@@ -147,12 +147,7 @@ def merged(earlier: dict[str, Any], part: str, found: Any) -> Any:
     show_default=True,
     help="Entities of the index that is damaged.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder of the JSON record.",
-)
+@out_option
 @json_option
 @handle_errors
 def command(parts: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -> None:

@@ -20,7 +20,7 @@ import grpc
 from benchmarks.faults.attacks import Attack, attacks, run_numbered
 from benchmarks.faults.reconnect import reconnect
 from benchmarks.faults.servers import ServerProcess
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.commands.console import (
     fail,
@@ -178,12 +178,7 @@ def reconnecting(transport: str, clients: int) -> dict[str, Any]:
     help="That connect at once to two workers; 0: none.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the fuzzer.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder of the JSON record.",
-)
+@out_option
 @json_option
 @handle_errors
 def command(

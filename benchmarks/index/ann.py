@@ -20,7 +20,7 @@ from benchmarks.index.engines import ENGINES, Engine, installed, one_blas_thread
 from benchmarks.index.plot import draw_costs
 from benchmarks.index.prefix import PREFIX_ENGINES
 from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -266,12 +266,7 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
         " default."
     ),
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder for the record.",
-)
+@out_option
 @json_option
 @handle_errors
 def command(

@@ -17,7 +17,7 @@ import polars as pl
 
 from benchmarks.index.engines import one_blas_thread, qdrant_shard
 from benchmarks.index.vectors import VectorSet, load_vectors
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -235,12 +235,7 @@ def measure(vectors: VectorSet, queries: int, repeats: int, peer: bool) -> list[
     show_default=True,
     help="Measure qdrant-edge (pip install qdrant-edge-py) on the same filters.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder for the record.",
-)
+@out_option
 @json_option
 @handle_errors
 def command(

@@ -18,7 +18,7 @@ import polars as pl
 
 from benchmarks.index.engines import one_blas_thread
 from benchmarks.index.vectors import load_vectors
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from encoders.commands.console import (
     data_option,
     fail,
@@ -297,12 +297,7 @@ def measure(
     show_default=True,
     help="Widths of the hard corpora.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder for the record.",
-)
+@out_option
 @json_option
 @handle_errors
 def command(

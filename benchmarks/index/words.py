@@ -15,7 +15,7 @@ import click
 import numpy as np
 import polars as pl
 
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -118,12 +118,7 @@ def measure(texts: Sequence[str], queries: Sequence[str]) -> dict[str, Any]:
 )
 @click.option("--queries", "asked", default=2_000, show_default=True, type=click.IntRange(10))
 @click.option("--name", default="words", show_default=True, help="Slug of the record.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder of the record. [default: benchmarks/results]",
-)
+@out_option
 @data_option
 @json_option
 @handle_errors

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.quality.recall import describe_dataset
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -63,12 +63,7 @@ Encode = Callable[[Sequence[str]], np.ndarray]
     help="Held-out queries per kind.",
 )
 @click.option("--seed", default=0, show_default=True, help="Chooses queries and initial weights.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder of the record. [default: benchmarks/results]",
-)
+@out_option
 @data_option
 @json_option
 @handle_errors

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.quality.fusion_slices import cold_entities, misspelt, without_known_queries
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from encoders.commands.console import (
     handle_errors,
     json_option,
@@ -438,12 +438,7 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> Measured:
     help="Also measure queries with one typo, or entities without known queries. Repeatable.",
 )
 @click.option("--name", default="fusion", show_default=True, help="Slug of the record.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder of the record. [default: benchmarks/results]",
-)
+@out_option
 @json_option
 @handle_errors
 def command(

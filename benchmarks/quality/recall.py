@@ -13,7 +13,7 @@ from typing import Any
 import click
 import polars as pl
 
-from benchmarks.record import RESULTS, Measurement, require_clean_tree, write_record
+from benchmarks.record import RESULTS, Measurement, out_option, require_clean_tree, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -23,7 +23,7 @@ from encoders.commands.console import (
     say,
     stage,
 )
-from encoders.commands.entity_type import EntityTypeName
+from encoders.commands.entity_type import entity_types_option
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.datasets.halves import DEV, TEST
@@ -63,13 +63,7 @@ RECORDED_SLICES = ("english", "language", "action", "action, few positives", "po
     is_flag=True,
     help="Read the test half of the held-out queries, for the record of a release.",
 )
-@click.option(
-    "--entity-type",
-    "entity_types",
-    multiple=True,
-    type=EntityTypeName(),
-    help="Only these types; may be repeated.",
-)
+@entity_types_option
 @click.option(
     "--max-queries",
     type=click.IntRange(1),
@@ -94,12 +88,7 @@ RECORDED_SLICES = ("english", "language", "action", "action, few positives", "po
     help="Also print a table by this slice.",
 )
 @click.option("--name", default="recall", show_default=True, help="Slug of the record.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder of the record. [default: benchmarks/results]",
-)
+@out_option
 @data_option
 @json_option
 @handle_errors

@@ -14,7 +14,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
 from retrieval.config import DAY_SECONDS
 from retrieval.encoding.query_cache import QueryCache, entry_bytes
@@ -154,12 +154,7 @@ def encoder_change(traffic: Traffic, entries: int, prewarm: int, windows: int = 
 
 @click.command("cache")
 @click.option("--requests", default=400_000, show_default=True, help="Simulated requests per run.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=RESULTS,
-    help="Folder of the JSON record.",
-)
+@out_option
 @json_option
 @handle_errors
 def command(requests: int, out: Path, as_json: bool) -> None:

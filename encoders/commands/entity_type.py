@@ -23,3 +23,12 @@ class EntityTypeName(click.ParamType):
             param,
             ctx,
         )
+
+
+entity_types_option = click.option(
+    "--entity-type",
+    "entity_types",
+    multiple=True,
+    type=EntityTypeName(),
+    help="Only these types; may be repeated.",
+)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from encoders.commands.console import data_option, handle_errors, json_option, print_json, say
-from encoders.commands.entity_type import EntityTypeName
+from encoders.commands.entity_type import entity_types_option
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.datasets.halves import DEV, HELDOUT, describe_split, split_for_choices
@@ -93,13 +93,7 @@ if TYPE_CHECKING:
         "Also measure what BUNDLE's queries find among the catalogue's frozen vectors. Repeatable."
     ),
 )
-@click.option(
-    "--entity-type",
-    "entity_types",
-    multiple=True,
-    type=EntityTypeName(),
-    help="Only these types; may be repeated.",
-)
+@entity_types_option
 @click.option(
     "--split",
     default=DEV,

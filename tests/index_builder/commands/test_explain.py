@@ -14,7 +14,7 @@ from index_builder.building.build import build_release
 from index_builder.commands import explain as explain_commands
 from index_builder.fusion.engagements import Engagements
 from index_builder.fusion.query_gate import QueryGate
-from index_builder.fusion.weights import Fusion
+from index_builder.fusion.weights import given_fusion
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.live_follower import LiveFollower
@@ -133,19 +133,7 @@ def fused_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReleaseStore
     store = ReleaseStore(tmp_path / "fused")
     titles = pl.DataFrame({"title": [f"lamp sku{1000 + i}" for i in range(60)]})
     pairs = pl.DataFrame({"query": ["bright lamp"], "entity_id": ["pin-7"]})
-    fusion = Fusion(
-        weights=(1.0, 4.0, 0.5),
-        enabled=True,
-        queries=9,
-        pairs=9,
-        dense_recall=0.1,
-        fused_recall=0.3,
-        gain=0.2,
-        gain_low=0.1,
-        gain_high=0.3,
-        fitted_on="test",
-        gate=QueryGate(2.0, 0.05),
-    )
+    fusion = replace(given_fusion((1.0, 4.0, 0.5)), gate=QueryGate(2.0, 0.05))
     pins = make_input("pin", 60, seed=1)
     inputs = {
         "pin": replace(

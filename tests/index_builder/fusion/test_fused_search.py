@@ -16,7 +16,7 @@ from index_builder.errors import InvalidQuery
 from index_builder.fusion.fused_search import FusedIndex
 from index_builder.fusion.probability import ProbabilityCurve
 from index_builder.fusion.votes import Votes
-from index_builder.fusion.weights import FusedRecall, Fusion
+from index_builder.fusion.weights import FusedRecall, given_fusion
 from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.lexical.scan import ScanRequest
 from index_builder.live_log.records import LiveEntry
@@ -111,19 +111,7 @@ def test_search_without_words_and_votes_is_dense(index: FusedIndex) -> None:
 
 
 def test_search_default_weights_are_those_fitted(index: FusedIndex) -> None:
-    fusion = Fusion(
-        weights=WEIGHTS,
-        enabled=True,
-        queries=9,
-        pairs=9,
-        dense_recall=0.1,
-        fused_recall=0.2,
-        gain=0.1,
-        gain_low=0.05,
-        gain_high=0.15,
-        fitted_on="test",
-    )
-    fitted = FusedIndex(index.entities, index.queries, index.votes, fusion)
+    fitted = replace(index, fusion=given_fusion(WEIGHTS))
     query = fitted.query("red shoe", VECTORS[ROWS])
     assert fitted.search(query, 5).ids == index.search(query, 5, None, WEIGHTS).ids
     assert used_legs(index.search(query, 5)) == ("dense",)
@@ -158,17 +146,8 @@ def test_search_beside_a_delete_does_not_bring_the_replaced_row_back(index: Fuse
     assert at.get("e3", 0.0) < 0.99, "the base's row, which the live entry hides"
 
 
-FITTED = Fusion(
-    weights=WEIGHTS,
-    enabled=True,
-    queries=9,
-    pairs=9,
-    dense_recall=0.1,
-    fused_recall=0.2,
-    gain=0.1,
-    gain_low=0.05,
-    gain_high=0.15,
-    fitted_on="test",
+FITTED = replace(
+    given_fusion(WEIGHTS),
     recall=(FusedRecall(10, 0.97, 0.95), FusedRecall(100, 0.93, 0.9)),
 )
 
@@ -188,8 +167,10 @@ def is_exact_search(index: FusedIndex, k: int, options: SearchOptions, **more: o
             return search(vector, depth, **given)  # type: ignore[arg-type]
 
     spied = replace(index, entities=Spy())  # type: ignore[arg-type]
-    result = spied.search(spied.query("red shoe", VECTORS[ROWS]), k, options, **more)  # type: ignore[arg-type]
-    assert result.estimated_recall == (1.0 if asked[0] else index.fusion.recall[k > 10].recall)  # type: ignore[union-attr]
+    query = spied.query("red shoe", VECTORS[ROWS])
+    result = spied.search(query, k, options, **more)  # type: ignore[arg-type]
+    assert index.fusion is not None
+    assert result.estimated_recall == (1.0 if asked[0] else index.fusion.recall[k > 10].recall)
     return asked[0]
 
 

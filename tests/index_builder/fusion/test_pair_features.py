@@ -15,7 +15,7 @@ from index_builder.fusion.fused_search import FusedIndex
 from index_builder.fusion.pair_features import FEATURES, PairScorer
 from index_builder.fusion.probability import ProbabilityCurve
 from index_builder.fusion.votes import Votes
-from index_builder.fusion.weights import Fusion
+from index_builder.fusion.weights import given_fusion
 from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.live_log.records import LiveEntry
 from index_builder.search.entity_index import EntityIndex
@@ -27,18 +27,7 @@ WORDS = ("red", "blue", "shoe", "boot", "hat", "sku7", "tall")
 TITLES = [f"{WORDS[i % 7]} {WORDS[(i // 7) % 7]} item{i}" for i in range(ROWS)]
 IDS = [f"e{i}" for i in range(ROWS)]
 VECTORS = unit_vectors(ROWS + 40, 5)
-FUSION = Fusion(
-    weights=(1.0, 2.0, 3.0),
-    enabled=True,
-    queries=9,
-    pairs=9,
-    dense_recall=0.1,
-    fused_recall=0.2,
-    gain=0.1,
-    gain_low=0.05,
-    gain_high=0.15,
-    fitted_on="test",
-)
+FUSION = given_fusion((1.0, 2.0, 3.0))
 TEXTS = ["red shoe", "sku7", "item33 tall", "nothing of it"]
 
 

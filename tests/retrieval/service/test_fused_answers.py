@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,7 @@ from index_builder.building.plan import RebuildConfig
 from index_builder.fusion.engagements import Engagements
 from index_builder.fusion.probability import ProbabilityCurve
 from index_builder.fusion.query_gate import QueryGate
-from index_builder.fusion.weights import Fusion
+from index_builder.fusion.weights import given_fusion
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
 from retrieval.client import EntityWrite, RetrievalClient, Target
@@ -25,17 +26,8 @@ from tests.helpers.waiting import until
 pytestmark = pytest.mark.slow
 TITLES = [f"lamp model{i} sku{1000 + i}" for i in range(60)]
 KNOWN = ["bright lamp", "reading light"]
-FITTED = Fusion(
-    weights=(1.0, 8.0, 0.5),
-    enabled=True,
-    queries=9,
-    pairs=9,
-    dense_recall=0.1,
-    fused_recall=0.3,
-    gain=0.2,
-    gain_low=0.1,
-    gain_high=0.3,
-    fitted_on="test",
+FITTED = replace(
+    given_fusion((1.0, 8.0, 0.5)),
     probability=ProbabilityCurve((0.0, 6.0), (0.1, 0.9)),
     gate=QueryGate(2.0, 0.05),  # no cosine reaches it: words alone decide
 )

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from index_builder.building.inputs import EntityInput
 from index_builder.building.plan import RebuildConfig
 from index_builder.fusion.engagements import Engagements
 from index_builder.fusion.probability import ProbabilityCurve
-from index_builder.fusion.weights import Fusion
+from index_builder.fusion.weights import given_fusion
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
 from tests.helpers.real_server import Running, SmallBundle, SmallStore, serving
@@ -60,19 +61,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 KNOWN = ["blue whale", "golden lamp", "red garden chair", "حوت أزرق", "青い鯨"]
 """Known queries; the first led to p0 and p1, the others to one entity each."""
-FITTED = Fusion(
-    weights=(1.0, 2.0, 3.0),
-    enabled=True,
-    queries=9,
-    pairs=9,
-    dense_recall=0.1,
-    fused_recall=0.3,
-    gain=0.2,
-    gain_low=0.1,
-    gain_high=0.3,
-    fitted_on="test",
-    probability=ProbabilityCurve((0.0, 6.0), (0.1, 0.9)),
-)
+CURVE = ProbabilityCurve((0.0, 6.0), (0.1, 0.9))
+FITTED = replace(given_fusion((1.0, 2.0, 3.0)), probability=CURVE)
 FIRST = [
     ("Blue whale breathing at the surface", "A whale in the morning, seen from a boat", "en"),
     ("Whale tail above a river of stone", "Printed on paper, blue and silver", "en"),

@@ -57,7 +57,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def pair(bundles: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     import shutil
 
-    return tuple(Path(shutil.copytree(bundle, tmp_path / bundle.name)) for bundle in bundles)  # type: ignore[return-value]
+    old, new = (Path(shutil.copytree(bundle, tmp_path / bundle.name)) for bundle in bundles)
+    return old, new
 
 
 def dataset() -> Dataset:
@@ -381,22 +382,18 @@ def write_tables(folder: Path) -> Path:
     return folder
 
 
+def against_index(new: Path, old: Path, tables: Path) -> list[str]:
+    bundles = [str(new), "--against-index", str(old)]
+    return [*bundles, "--data", str(tables), "--resamples", "100", "--json"]
+
+
 @pytest.mark.slow
 def test_evaluate_against_index_declares_within_limit(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old, new = pair
     tables = write_tables(tmp_path / "tables")
-    arguments = [
-        str(new),
-        "--against-index",
-        str(old),
-        "--data",
-        str(tables),
-        "--resamples",
-        "100",
-        "--json",
-    ]
+    arguments = against_index(new, old, tables)
     refused = CliRunner().invoke(command, [*arguments, "--declare", "--adapter", "none"])
     assert refused.exit_code == 1 and "--max-loss" in refused.output and not read_declarations(new)
     measured = CliRunner().invoke(command, arguments)
@@ -425,16 +422,7 @@ def test_evaluate_against_index_type_without_pairs_blocks_declaration(
     tables = write_tables(tmp_path / "tables")
     of_pins_alone = (pl.col("entity_type") == "pin") | (pl.col("split") == "train")
     dataset().pairs.filter(of_pins_alone).write_parquet(tables / "pairs.parquet")
-    arguments = [
-        str(new),
-        "--against-index",
-        str(old),
-        "--data",
-        str(tables),
-        "--resamples",
-        "100",
-        "--json",
-    ]
+    arguments = against_index(new, old, tables)
     measured = CliRunner().invoke(command, arguments)
     assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"]
     assert "product: no 'held-out dev' pairs; not evaluated" in measured.stderr
@@ -462,16 +450,7 @@ def test_evaluate_against_index_type_without_tower_blocks_declaration(
     """
     old, new = pair
     tables = write_tables(tmp_path / "tables")
-    arguments = [
-        str(new),
-        "--against-index",
-        str(old),
-        "--data",
-        str(tables),
-        "--resamples",
-        "100",
-        "--json",
-    ]
+    arguments = against_index(new, old, tables)
     keep_tower_of_pins(new)
     measured = CliRunner().invoke(command, arguments)
     assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"], (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from index_builder.ann import AnnConfig, build_index, load_index, missing_featur
 from index_builder.ann.choice import kind_available
 from index_builder.ann.graph_files import read_hnsw_links, read_symqg_links
 from index_builder.errors import DiskFull, UnsupportedLibrary
+from tests.helpers.child_process import ending_in_child
 from tests.helpers.library_goldens import DEGREE, LINKS, golden, golden_vectors
 from tests.helpers.release_makers import unit_vectors
 
@@ -78,24 +78,10 @@ def test_other_layout_is_a_typed_error_that_names_the_version(
             read(path)
 
 
-def in_child(action: Callable[[], object]) -> str:
-    """Run something where a file may have 60,000 bytes; return its error or ``done``."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        try:
-            action()
-            told = "done"
-        except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(write, told.encode()[:4000])
-        os._exit(0)
-    os.close(write)
-    os.waitpid(child, 0)
-    with os.fdopen(read) as pipe:
-        return pipe.read()
+def limit_files() -> None:
+    """Let a file of this process have at most 60,000 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "symqg", "faiss"])
@@ -104,7 +90,7 @@ def test_save_to_a_full_disk_is_disk_full(tmp_path: Path, kind: str) -> None:
     if not kind_available(kind):
         pytest.skip(f"{kind} is not installed")
     index = build_index(kind, unit_vectors(1500, 1), AnnConfig(m=4, ef_construction=32))
-    told = in_child(lambda: index.save(tmp_path / "index"))
+    told = ending_in_child(limit_files, lambda: index.save(tmp_path / "index"))
     assert told.startswith("DiskFull: index."), told
 
 
@@ -164,6 +150,6 @@ def test_neighbours_are_read_from_the_scratch_folder(
     assert list(scratch.iterdir()) == []
     assert "scratch" not in index.parameters()
     again = build_index(kind, unit_vectors(1500, 1), config)
-    assert in_child(again.neighbours).startswith("DiskFull: links.")
+    assert ending_in_child(limit_files, again.neighbours).startswith("DiskFull: links.")
     with pytest.raises((DiskFull, OSError)):
         build_index(kind, unit_vectors(1500, 1), AnnConfig(m=4, ef_construction=32)).neighbours()

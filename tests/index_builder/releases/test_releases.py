@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from index_builder.releases.release import Release, read_manifest
 from index_builder.releases.store import CURRENT_NAME, ReleaseStore
 from index_builder.releases.verification import check_cpu
 from retrieval.releases.manager import previous_release
+from tests.helpers.child_process import ending_in_child
 from tests.helpers.release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 
 
@@ -382,25 +383,11 @@ def test_gc_damaged_release_keeps_the_whole_live_log(store: ReleaseStore) -> Non
     assert sorted((store.live_root / "pin").glob("log-*.bin")) == files
 
 
-def as_other_user(action: Callable[[], object]) -> str:
-    """Run something as a user without rights; return the error's type and text, or ``done``."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setgroups([])
-        os.setgid(4242)
-        os.setuid(4242)
-        try:
-            action()
-            told = "done"
-        except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(write, told.encode()[:4000])
-        os._exit(0)
-    os.close(write)
-    os.waitpid(child, 0)
-    with os.fdopen(read) as pipe:
-        return pipe.read()
+def become_other_user() -> None:
+    """Go on as a user without rights."""
+    os.setgroups([])
+    os.setgid(4242)
+    os.setuid(4242)
 
 
 def make_reachable(folder: Path) -> None:
@@ -430,7 +417,7 @@ def test_store_another_users_is_refused_with_a_typed_error(store: ReleaseStore) 
         lambda: LiveLogWriter(store.live_root, "pin", 64),
         lambda: scratch_folder(store).__enter__(),
     ):
-        assert as_other_user(action).startswith("NotWritable: "), action
+        assert ending_in_child(become_other_user, action).startswith("NotWritable: "), action
     assert store.current() == "r3"
 
 
@@ -450,7 +437,7 @@ def test_store_shared_with_a_group_works_for_its_members(store: ReleaseStore) ->
         with scratch_folder(store) as scratch:
             (scratch / "pin.f32").write_bytes(b"x")
 
-    assert as_other_user(work) == "done"
+    assert ending_in_child(become_other_user, work) == "done"
     assert store.activate("r2") == "r1"
     with LiveLogWriter(store.live_root, "pin", 64) as writer:
         assert writer.write([LiveEntry(id="again")]) == 3
@@ -503,9 +490,7 @@ def test_gc_leaves_what_a_user_who_may_only_read_has_open(store: ReleaseStore) -
 
     child = os.fork()
     if child == 0:
-        os.setgroups([])
-        os.setgid(4242)
-        os.setuid(4242)
+        become_other_user()
         try:
             hold()
         finally:

@@ -153,17 +153,6 @@ def running(
         yield found
 
 
-@pytest.fixture(scope="module")
-def channel(running: Running) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(running.address) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def stub(channel: grpc.Channel) -> rpc.RetrievalStub:
-    return rpc.RetrievalStub(channel)
-
-
 def hits(answer: Any) -> list[tuple[str, float]]:
     return [(hit.id, hit.score) for hit in answer.hits]
 

@@ -26,12 +26,6 @@ def running(small_store: SmallStore, tmp_path_factory: pytest.TempPathFactory) -
         yield found
 
 
-@pytest.fixture(scope="module")
-def stub(running: Running) -> Iterator[rpc.RetrievalStub]:
-    with grpc.insecure_channel(running.address) as channel:
-        yield rpc.RetrievalStub(channel)
-
-
 def ask(stub: rpc.RetrievalStub, text: str, k: int = 10, names: tuple[str, ...] = ("*",)) -> object:
     return stub.Retrieve(
         pb.RetrieveRequest(query=text, entity_type="pin", k=k, attributes=names), timeout=60

@@ -37,17 +37,6 @@ def running(
         yield found
 
 
-@pytest.fixture(scope="module")
-def channel(running: Running) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(running.address) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def stub(channel: grpc.Channel) -> rpc.RetrievalStub:
-    return rpc.RetrievalStub(channel)
-
-
 def fails(call, request, code: grpc.StatusCode, *words: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         call(request, timeout=20)

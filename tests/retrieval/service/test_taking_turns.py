@@ -40,12 +40,6 @@ def running(
         yield found
 
 
-@pytest.fixture
-def stub(running: Running) -> Iterator[rpc.RetrievalStub]:
-    with grpc.insecure_channel(running.address) as channel:
-        yield rpc.RetrievalStub(channel)
-
-
 def metrics(running: Running, name: str) -> dict[str, float]:
     text = urllib.request.urlopen(f"{running.http}/metrics", timeout=20).read().decode()
     rows = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(name))

@@ -75,7 +75,7 @@ GOING_ON = 0.25
 """Peak rates of a training that goes on from another, relative to ``OPTIMISER``."""
 GOING_ON_STEPS = 3
 """A training that goes on takes a third of the steps."""
-HASHING = {"token_dimension": 128, "hidden": (512,)}
+HASHING: dict[str, Any] = {"token_dimension": 128, "hidden": (512,)}
 GRADIENT_BATCHES = 4
 
 
@@ -308,7 +308,7 @@ def train_settings(training: Training, study: Study, seed: int) -> TrainConfig:
         device="cpu",
         model=ModelConfig(dimension=FROZEN_WIDTH, entity_towers=training.entity_towers),
         features=EntityFeatureConfig(text_fields=TEXT_FIELDS, continuous=study.data.continuous),
-        entity_tower=EntityTowerSettings(table_rows=training.table_rows or 1, **HASHING),  # type: ignore[arg-type]
+        entity_tower=EntityTowerSettings(table_rows=training.table_rows or 1, **HASHING),
         datasets=training.dataset_configs(),
         loss=LossConfig(
             random_negatives=1.0,

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -110,7 +111,7 @@ def measure_towers(
                 embedder = EntityEmbedder(
                     tower, EmbedConfig(device=device, precision=precision, threads=threads)
                 )
-                timing = timed(lambda embedder=embedder: embedder(rows), rows.height, repeats)  # type: ignore[misc]
+                timing = timed(partial(embedder, rows), rows.height, repeats)
                 cosine = float((embedder(rows[:512]) * reference).sum(1).min())
                 found[f"{name} {device} {precision}"] = timing.as_dict() | {
                     "min_cosine_to_fp32": round(cosine, 6)

@@ -341,11 +341,13 @@ class SignalWriter:
         if len(distinct) == len(ids) and self._ids.isdisjoint(distinct):
             return
         seen = set(self._ids)
-        doubled = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise DataError(
-            f"id {doubled!r} occurs twice among the signals of {self.folder.name!r}; ids must be"
-            " distinct. Nothing was published"
-        )
+        for id_ in ids:
+            if id_ in seen:
+                raise DataError(
+                    f"id {id_!r} occurs twice among the signals of {self.folder.name!r}; ids must"
+                    " be distinct. Nothing was published"
+                )
+            seen.add(id_)
 
     def _note(self, ids: Sequence[str]) -> None:
         self._parts.append({"rows": len(ids)})

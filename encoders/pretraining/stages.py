@@ -320,7 +320,8 @@ def _head_by_least_squares(
 
 
 def _token_table(tower: QueryEncoder) -> nn.Parameter:
-    table: nn.Parameter = tower.transformer.embeddings.word_embeddings.weight  # type: ignore[union-attr, assignment]
+    transformer: Any = tower.transformer
+    table: nn.Parameter = transformer.embeddings.word_embeddings.weight
     return table
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 from decimal import Decimal
+from typing import Any
 
 import polars as pl
 
@@ -123,8 +124,9 @@ class _CellsSeen:
 def _beyond_exact_floats(values: pl.Series) -> bool:
     """Tell whether an integer of any width has no exact float."""
     # Compared as Python integers: the bounds do not fit the narrower types.
-    low, high = values.min(), values.max()
-    return low is not None and (int(low) < -_LARGEST_EXACT or int(high) > _LARGEST_EXACT)  # type: ignore[arg-type,call-overload]
+    low: Any = values.min()
+    high: Any = values.max()
+    return low is not None and (int(low) < -_LARGEST_EXACT or int(high) > _LARGEST_EXACT)
 
 
 def _same_or_wider(found: pl.DataType, wanted: pl.DataType) -> bool:

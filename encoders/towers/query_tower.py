@@ -204,7 +204,7 @@ class QueryEncoder(nn.Module):
         _write_json(folder / "sentence_bert_config.json", limits)
         config: Any = self.transformer.config
         write_pooling(folder / "1_Pooling", self.pooling, int(config.hidden_size))
-        layers: list[DenseLayer] = [*self.dense, DenseLayer(self.projection)]  # type: ignore[list-item]
+        layers: list[Any] = [*self.dense, DenseLayer(self.projection)]
         paths = ["", "1_Pooling"]
         for layer in layers:
             paths.append(f"{len(paths)}_Dense")

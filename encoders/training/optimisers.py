@@ -31,9 +31,10 @@ def parameter_groups(
         log_scales: One learned log scale per task.
         config: Rates and decay. Matrices decay; embeddings, biases, norms and scales do not.
     """
-    embeddings = {id(p) for p in query_encoder.transformer.get_input_embeddings().parameters()}  # type: ignore[operator]
+    transformer: Any = query_encoder.transformer
+    embeddings = {id(p) for p in transformer.get_input_embeddings().parameters()}
     rated: list[tuple[nn.Parameter, float, bool]] = []
-    for name, parameter in query_encoder.transformer.named_parameters():
+    for name, parameter in transformer.named_parameters():
         is_embedding = id(parameter) in embeddings
         rate = config.token_embedding_learning_rate if is_embedding else config.query_learning_rate
         rated.append((parameter, rate, parameter.ndim >= 2 and "embedding" not in name))

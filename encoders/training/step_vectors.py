@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -169,7 +169,8 @@ def _encode_queries(tower: QueryEncoder, inputs: TrainInputs, rows: Int64) -> _E
     chunks = inputs.tokens.by_length(rows, size)
     table = None
     if takes_token_vectors(tower.transformer):
-        table = _TokenRows(tower.transformer.get_input_embeddings(), inputs.tokens, rows)  # type: ignore[operator]
+        transformer: Any = tower.transformer
+        table = _TokenRows(transformer.get_input_embeddings(), inputs.tokens, rows)
 
     def encode(chunk: Int64) -> Tensor:
         ids, mask = inputs.tokens.padded(chunk)

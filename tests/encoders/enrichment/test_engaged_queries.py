@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -26,8 +27,8 @@ DAY = timedelta(days=1)
 END = START + 50 * DAY
 
 
-def config_of(**settings_: object) -> EngagedQueriesConfig:
-    return EngagedQueriesConfig(**({"min_users": 1, "window_days": 20, "top": 3} | settings_))  # type: ignore[arg-type]
+def config_of(**settings_: Any) -> EngagedQueriesConfig:
+    return EngagedQueriesConfig(**{"min_users": 1, "window_days": 20, "top": 3, **settings_})
 
 
 def slow_reference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -29,9 +30,9 @@ KNOWN = [f"known query {i}" for i in range(40)]
 EXACT = quick("exact")
 
 
-def pins(**changes: object) -> EntityInput:
+def pins(**changes: Any) -> EntityInput:
     texts = pl.DataFrame({"title": TITLES})
-    return replace(make_input("pin", COUNT, seed=1), texts=texts, **changes)  # type: ignore[arg-type]
+    return replace(make_input("pin", COUNT, seed=1), texts=texts, **changes)
 
 
 def queries() -> EntityInput:

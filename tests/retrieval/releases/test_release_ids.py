@@ -123,8 +123,9 @@ async def test_activate_impossible_id_does_not_reach_the_supervisor(
 
 def test_supervisor_dropped_change_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     supervisor: Any = SimpleNamespace(fleet=deque())
-    Supervisor._carry_out(supervisor, ChangeRequest(SimpleNamespace(), FORGED))  # type: ignore[arg-type]
-    Supervisor._carry_out(supervisor, ChangeRequest(SimpleNamespace(), ""))  # type: ignore[arg-type]
+    worker: Any = SimpleNamespace()
+    for release_id in (FORGED, ""):
+        Supervisor._carry_out(supervisor, ChangeRequest(worker, release_id))
     forged, back = (record.getMessage() for record in caplog.records)
     assert "\n" not in forged and "FORGED" in forged
     assert "the previous release" in back

@@ -179,13 +179,17 @@ class Stage:
         for release_id in ("r1", "r2", "r3"):
             (folder / "store" / "releases" / release_id).mkdir(parents=True)
             (folder / "store" / "releases" / release_id / "manifest.json").write_text("{}")
-        publishing.read_manifest = lambda path: SimpleNamespace(parent=None)  # type: ignore[assignment, return-value]
-        ReleaseStore.verify = self.verify  # type: ignore[assignment, method-assign]
-        release_graphs.read_manifest = lambda path: SimpleNamespace(entities={"pin": None})  # type: ignore[assignment, return-value]
-        release_graphs.EntityIndex.load_graph = staticmethod(lambda path: None)  # type: ignore[assignment]
-        release_graphs.choose_form = lambda *args, **kwargs: "onnx-int8"
-        supervisor.run_worker = self.stand_in  # type: ignore[assignment]
-        supervisor.RESTART_SECONDS = 0.2
+        stand_ins: list[tuple[object, str, object]] = [
+            (publishing, "read_manifest", lambda path: SimpleNamespace(parent=None)),
+            (ReleaseStore, "verify", self.verify),
+            (release_graphs, "read_manifest", lambda path: SimpleNamespace(entities={"pin": None})),
+            (release_graphs.EntityIndex, "load_graph", staticmethod(lambda path: None)),
+            (release_graphs, "choose_form", lambda *args, **kwargs: "onnx-int8"),
+            (supervisor, "run_worker", self.stand_in),
+            (supervisor, "RESTART_SECONDS", 0.2),
+        ]
+        for place, name, stand_in in stand_ins:
+            setattr(place, name, stand_in)
         self.store = ReleaseStore(folder / "store")
         self.store.activate("r1")
         self.announced: list[Any] = []
@@ -448,7 +452,12 @@ def verifying(stage: Stage) -> None:
 
 def damaged(stage: Stage) -> None:
     logged: list[str] = []
-    supervisor.log.addFilter(lambda record: logged.append(record.getMessage()) or True)  # type: ignore[func-returns-value]
+
+    def note(record: logging.LogRecord) -> bool:
+        logged.append(record.getMessage())
+        return True
+
+    supervisor.log.addFilter(note)
     before = stage.alive()
     stage.flag("damaged-r2")
     stage.flag("deadly-r3")

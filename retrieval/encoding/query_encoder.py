@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -201,7 +202,32 @@ def probed_dimension(tokenizer: QueryTokenizer, forward: Callable[..., Float32])
     return int(forward(*inputs, *tokenizer.ngram_ids(["a"], [0])).shape[1])
 
 
-class OnnxQueryEncoding:
+class _TowerForm(ABC):
+    """Base of the forms: texts through the tower's tokenizer and, by length, through the tower."""
+
+    form_id: str
+    dimension: int
+    pads_to_bucket = False
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = QueryTokenizer(folder)
+
+    @abstractmethod
+    def _forward(self, ids: Int64, mask: Int64, ngrams: Int64 | None = None) -> Float32:
+        """Run the tower on one group: ``(b, L)`` ids and mask, ``(b, G)`` buckets of n-grams."""
+
+    def unknown_share(self, text: str) -> float:
+        """See ``QueryEncoding.unknown_share``."""
+        return self._tokenizer.unknown_share(text)
+
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """See ``QueryEncoding.encode``."""
+        return encode_by_length(
+            self._tokenizer, texts, self.dimension, self._forward, self.pads_to_bucket
+        )
+
+
+class OnnxQueryEncoding(_TowerForm):
     """ONNX Runtime on CPU; imports no torch.
 
     Args:
@@ -234,7 +260,7 @@ class OnnxQueryEncoding:
             item.name: np.int32 if "int32" in item.type else np.int64
             for item in self._session.get_inputs()
         }
-        self._tokenizer = QueryTokenizer(folder)
+        super().__init__(folder)
         expected = {"input_ids", "attention_mask"}
         if self._tokenizer.buckets or "ngram_ids" in self._types:
             expected.add("ngram_ids")
@@ -261,18 +287,8 @@ class OnnxQueryEncoding:
         vectors: Float32 = np.asarray(self._session.run([self._output], feeds)[0], dtype=np.float32)
         return vectors
 
-    def unknown_share(self, text: str) -> float:
-        """See ``QueryEncoding.unknown_share``."""
-        return self._tokenizer.unknown_share(text)
 
-    def encode(self, texts: Sequence[str]) -> Float32:
-        """See ``QueryEncoding.encode``."""
-        return encode_by_length(
-            self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False
-        )
-
-
-class TorchQueryEncoding:
+class TorchQueryEncoding(_TowerForm):
     """torch on CPU, float32: the reference form."""
 
     form_id = "torch-fp32"
@@ -285,7 +301,7 @@ class TorchQueryEncoding:
         torch.set_num_threads(threads)
         self._torch = torch
         self._model = QueryEncoder.load(folder).eval()
-        self._tokenizer = QueryTokenizer(folder)
+        super().__init__(folder)
         self.dimension = probed_dimension(self._tokenizer, self._forward)
 
     def _forward(self, ids: Int64, mask: Int64, ngrams: Int64 | None = None) -> Float32:
@@ -294,16 +310,6 @@ class TorchQueryEncoding:
         with self._torch.inference_mode():
             vectors: Float32 = self._model(tensor(ids), tensor(mask), **extra).float().numpy()
         return vectors
-
-    def unknown_share(self, text: str) -> float:
-        """See ``QueryEncoding.unknown_share``."""
-        return self._tokenizer.unknown_share(text)
-
-    def encode(self, texts: Sequence[str]) -> Float32:
-        """See ``QueryEncoding.encode``."""
-        return encode_by_length(
-            self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False
-        )
 
 
 class CapturedGraph(NamedTuple):
@@ -315,7 +321,7 @@ class CapturedGraph(NamedTuple):
     vectors: Any  # (B, D), before n-grams and normalisation
 
 
-class CudaQueryEncoding:
+class CudaQueryEncoding(_TowerForm):
     """torch on a GPU in bfloat16, replaying one CUDA graph per (batch, length) bucket.
 
     A shape that cannot be captured runs eagerly. Graphs are captured on first use of a bucket,
@@ -323,6 +329,7 @@ class CudaQueryEncoding:
     """
 
     form_id = "torch-bf16"
+    pads_to_bucket = True
 
     def __init__(
         self, folder: Path, device: str = "cuda", warm: Sequence[int] = (1, 8, 64)
@@ -334,7 +341,7 @@ class CudaQueryEncoding:
         self._torch = torch
         self._device = torch.device(device)
         self._model = QueryEncoder.load(folder).eval().to(self._device, dtype=torch.bfloat16)
-        self._tokenizer = QueryTokenizer(folder)
+        super().__init__(folder)
         self._stream = torch.cuda.Stream(self._device)
         self._graphs: dict[tuple[int, int], CapturedGraph | None] = {}
         self.dimension = int(
@@ -403,16 +410,6 @@ class CudaQueryEncoding:
                     out = out + self._model.ngrams(buckets).float()
                 vectors: Float32 = torch.nn.functional.normalize(out, dim=-1).cpu().numpy()
         return vectors
-
-    def unknown_share(self, text: str) -> float:
-        """See ``QueryEncoding.unknown_share``."""
-        return self._tokenizer.unknown_share(text)
-
-    def encode(self, texts: Sequence[str]) -> Float32:
-        """See ``QueryEncoding.encode``."""
-        return encode_by_length(
-            self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=True
-        )
 
 
 def gpu_available() -> bool:

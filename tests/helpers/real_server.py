@@ -83,6 +83,14 @@ class Running:
         return self.made.bundle.encoder
 
 
+async def start_server(store: ReleaseStore, **settings: Any) -> Server:
+    """Start a server on free ports; ``settings`` are those of ``ServeConfig``."""
+    usual = {"host": "127.0.0.1", "port": 0, "metrics_port": 0, "encoder_form": "torch"}
+    server = await create_server(ServeConfig(releases=store.root, **{**usual, **settings}))
+    await server.start()
+    return server
+
+
 @contextmanager
 def serving(made: SmallStore, **settings: Any) -> Iterator[Running]:
     """Serve a store until the block ends; ``settings`` are those of ``ServeConfig``.
@@ -93,19 +101,7 @@ def serving(made: SmallStore, **settings: Any) -> Iterator[Running]:
     stop = asyncio.Event()
 
     async def main() -> None:
-        config = ServeConfig(
-            **{
-                "releases": made.store.root,
-                "host": "127.0.0.1",
-                "port": 0,
-                "metrics_port": 0,
-                "encoder_form": "torch",
-                "grace_seconds": 1.0,
-                **settings,
-            }
-        )
-        server = await create_server(config)
-        await server.start()
+        server = await start_server(made.store, **{"grace_seconds": 1.0, **settings})
         started.set_result((server, asyncio.get_running_loop()))
         await stop.wait()
         await server.stop()

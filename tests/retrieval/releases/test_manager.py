@@ -20,24 +20,15 @@ from retrieval.config import ServeConfig
 from retrieval.errors import AddressInUse
 from retrieval.process_tuning import freeze_start_up_objects
 from retrieval.server.server import Server, create_server
+from tests.helpers.real_server import start_server
 from tests.helpers.waiting import until_async
 
 
 async def start(
     store: ReleaseStore, **settings
 ) -> tuple[Server, rpc.RetrievalStub, rpc.AdminStub, grpc.aio.Channel]:
-    config = ServeConfig(
-        releases=store.root,
-        host="127.0.0.1",
-        port=0,
-        metrics_port=None,
-        poll_seconds=0.05,
-        encoder_form="torch",
-        shadow_fraction=0,
-        **settings,
-    )
-    server = await create_server(config)
-    await server.start()
+    usual = {"metrics_port": None, "poll_seconds": 0.05, "shadow_fraction": 0}
+    server = await start_server(store, **usual, **settings)
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
     return server, rpc.RetrievalStub(channel), rpc.AdminStub(channel), channel
 

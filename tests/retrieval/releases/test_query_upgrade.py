@@ -30,8 +30,7 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from retrieval.config import ServeConfig
-from retrieval.server.server import create_server
+from tests.helpers.real_server import start_server
 
 COUNTS = {"pin": 300, "product": 120}
 EASY = RebuildConfig(min_recall=0.5, golden_queries=8)
@@ -158,17 +157,8 @@ def test_upgraded_answers_name_both_spaces_and_rollback_works(
     text = entity_texts(10, seed=0)[3]
 
     async def ask() -> None:
-        config = ServeConfig(
-            releases=store.root,
-            host="127.0.0.1",
-            port=0,
-            metrics_port=None,
-            poll_seconds=0.05,
-            encoder_form="torch",
-            shadow_fraction=0,
-        )
-        server = await create_server(config)
-        await server.start()
+        usual = {"metrics_port": None, "poll_seconds": 0.05, "shadow_fraction": 0}
+        server = await start_server(store, **usual)
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
         retrieval, admin = rpc.RetrievalStub(channel), rpc.AdminStub(channel)
         request = pb.RetrieveRequest(query=text, entity_type="pin", k=5)

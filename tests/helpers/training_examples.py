@@ -5,6 +5,7 @@ one-layer query tower.
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -120,3 +121,44 @@ def small_config(**changes: object) -> TrainConfig:
             {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
         )
     return train_config(table)
+
+
+def write_run(folder: Path, first: str, last: str) -> Path:
+    """Write the tables, a query tower and ``run.toml`` of a small training; return the last.
+
+    Args:
+        folder: Where they are written.
+        first: Lines of the config before its sections.
+        last: Lines of its last section, ``[loss]``, and further sections.
+    """
+    data = world()
+    data.catalogue.write_parquet(folder / "catalogue.parquet")
+    data.pairs.write_parquet(folder / "pairs.parquet")
+    tiny_query_encoder().save(folder / "query")
+    path = folder / "run.toml"
+    path.write_text(f"""
+device = "cpu"
+{first}
+
+[data]
+catalogue = ["catalogue.parquet"]
+pairs = ["pairs.parquet"]
+
+[model]
+query_encoder = "{folder / "query"}"
+dimension = {DIMENSION}
+
+[entity_tower]
+table_rows = 500
+token_dimension = 16
+hidden = [32]
+
+[batch]
+pairs = 32
+
+[loss]
+random_negatives = 1.0
+random_query_negatives = 1.0
+{last}
+""")
+    return path

@@ -17,32 +17,13 @@ from encoders.commands.evaluate import command as evaluate
 from encoders.commands.train import command
 from encoders.errors import ConfigError
 from encoders.towers.bundle import load_bundle
-from tests.helpers.training_examples import DIMENSION, tiny_query_encoder, world
+from tests.helpers.training_examples import world, write_run
 
-CONFIG = f"""
+FIRST = """
 steps = 2
-device = "cpu"
 checkpoint_every = 0
-
-[data]
-catalogue = ["catalogue.parquet"]
-pairs = ["pairs.parquet"]
-
-[model]
-query_encoder = "QUERY"
-dimension = {DIMENSION}
-
-[entity_tower]
-table_rows = 500
-token_dimension = 16
-hidden = [32]
-
-[batch]
-pairs = 32
-
-[loss]
-random_negatives = 1.0
-random_query_negatives = 1.0
+"""
+LAST = """
 sketch_width = 4096
 
 [validation]
@@ -54,11 +35,7 @@ fraction = 0.1
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config, its tables and a query tower."""
     monkeypatch.delenv("OMNI_DATA", raising=False)
-    data = world()
-    data.catalogue.write_parquet(tmp_path / "catalogue.parquet")
-    data.pairs.write_parquet(tmp_path / "pairs.parquet")
-    tiny_query_encoder().save(tmp_path / "query")
-    (tmp_path / "run.toml").write_text(CONFIG.replace("QUERY", str(tmp_path / "query")))
+    write_run(tmp_path, FIRST, LAST)
     return tmp_path
 
 

@@ -10,39 +10,19 @@ import pytest
 
 from encoders.towers.bundle import load_bundle
 from encoders.training.checkpoints import list_checkpoints
-from tests.helpers.training_examples import DIMENSION, tiny_query_encoder, world
+from tests.helpers.training_examples import DIMENSION, write_run
 
-CONFIG = f"""
+FIRST = """
 steps = 6
 log_every = 2
 checkpoint_every = 3
-device = "cpu"
-
-[data]
-catalogue = ["catalogue.parquet"]
-pairs = ["pairs.parquet"]
-
-[model]
-query_encoder = "QUERY"
-dimension = {DIMENSION}
-
-[entity_tower]
-table_rows = 500
-token_dimension = 16
-hidden = [32]
-
+"""
+LAST = """
 [[datasets]]
 name = "pin"
 
 [[datasets]]
 name = "query"
-
-[batch]
-pairs = 32
-
-[loss]
-random_negatives = 1.0
-random_query_negatives = 1.0
 
 [validation]
 fraction = 0.0
@@ -51,13 +31,7 @@ fraction = 0.0
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    data = world()
-    data.catalogue.write_parquet(tmp_path / "catalogue.parquet")
-    data.pairs.write_parquet(tmp_path / "pairs.parquet")
-    tiny_query_encoder().save(tmp_path / "query")
-    path = tmp_path / "run.toml"
-    path.write_text(CONFIG.replace("QUERY", str(tmp_path / "query")))
-    return path
+    return write_run(tmp_path, FIRST, LAST)
 
 
 def torchrun(config: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -41,7 +42,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(as_json: bool, level: int = logging.INFO) -> None:
-    """Send the log lines of our packages to stderr, as text or JSON."""
+    """Send the log lines of our packages to stderr, as text or JSON.
+
+    Call it before ``grpc`` is imported, whose library would write a line of its own for each
+    malformed message of a stranger; ``GRPC_VERBOSITY`` in the environment wins.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter()

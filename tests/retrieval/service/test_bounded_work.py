@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import gzip
+import json
 import subprocess
 import sys
 import threading
@@ -403,7 +404,10 @@ def test_message_of_many_fields_is_refused_and_its_neighbour_served(
             began = time.perf_counter()
             ask(QUESTION, timeout=20)
             slowest = max(slowest, time.perf_counter() - began)
-    assert call.code() in (Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED)
+    expected = {Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED}
+    if compression is grpc.Compression.Gzip and running.server.config.transport == "grpcio":
+        expected = {Code.UNIMPLEMENTED}
+    assert call.code() in expected
     assert "retry-after-ms" not in dict(call.trailing_metadata())
     assert slowest < 3.0, "the client shares this process, the machine many others"
 
@@ -535,5 +539,27 @@ def test_gzip_bomb_of_a_real_message_limit_is_refused_before_it_is_inflated(
         began = time.perf_counter()
         with pytest.raises(grpc.RpcError) as caught:
             call(b"\x22\x00" * 4_000_000, timeout=20, compression=grpc.Compression.Gzip)
-        assert caught.value.code() in (Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED)
+        if transport == "http2":
+            assert caught.value.code() in (Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED)
+        else:  # whose library inflates before anybody can look
+            assert caught.value.code() is Code.UNIMPLEMENTED
         assert time.perf_counter() - began < 5
+
+
+@pytest.mark.slow
+def test_grpcio_writes_no_line_for_each_message_that_it_refuses(small_store: SmallStore) -> None:
+    command = [sys.executable, "-m", "retrieval.cli", "serve", "--store", small_store.store.root]
+    command += ["--transport", "grpcio", "--port", "0", "--metrics-port", "0", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            port = json.loads(process.stdout.readline())["port"]
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                call = channel.unary_unary("/omnisearchsage.v1.Retrieval/Retrieve")
+                for _ in range(5):
+                    with pytest.raises(grpc.RpcError):
+                        call(bytes(1000), timeout=20, compression=grpc.Compression.Gzip)
+        finally:
+            process.terminate()
+        written = process.communicate(timeout=60)[1]
+    assert "Compression algorithm" not in written, written

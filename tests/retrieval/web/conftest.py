@@ -4,6 +4,7 @@ import asyncio
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from index_builder.fusion.probability import ProbabilityCurve
 from index_builder.fusion.weights import given_fusion
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
+from tests.helpers.node_clients import install_node_clients
 from tests.helpers.real_server import Running, SmallBundle, SmallStore, serving
 
 CHROMIUM = (
@@ -35,6 +37,12 @@ FLAGS = [
     "--disable-sync",
     "--window-size=1200,900",
 ]
+
+
+@pytest.fixture(scope="session")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts of clients for Node beside their packages."""
+    return install_node_clients(tmp_path_factory.mktemp("node") / "clients")
 
 
 @pytest.fixture(scope="session")

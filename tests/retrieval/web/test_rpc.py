@@ -23,12 +23,12 @@ from retrieval.http2.messages import inflated
 from retrieval.web import dialects
 from retrieval.web.http_calls import SMALL_BODY_BYTES, BodyBudget
 from retrieval.web.http_errors import CallFailed
+from tests.helpers.node_clients import descriptor_set
 from tests.helpers.real_server import Running, SmallStore, serving
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 ASK = {"query": "red cat", "entityType": "pin", "k": 3}
 JSON = {"content-type": "application/json"}
-NODE = Path(__file__).parents[2] / "helpers" / "node"
 
 
 def post(
@@ -281,36 +281,6 @@ def test_committed_openapi_document_is_fresh() -> None:
     assert json.loads(path.read_text()) == openapi_document(pb.DESCRIPTOR), (
         "run scripts/generate_protos.sh"
     )
-
-
-@pytest.fixture(scope="session")
-def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts beside their packages."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed (Debian: apt-get install nodejs npm)")
-    folder = tmp_path_factory.mktemp("node") / "clients"
-    shutil.copytree(NODE, folder)
-    command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--silent"]
-    installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-    if installed.returncode:
-        pytest.skip(f"npm could not install Connect's clients: {installed.stderr[-200:]}")
-    return folder
-
-
-def descriptor_set(folder: Path) -> Path:
-    from google.protobuf.descriptor_pb2 import FileDescriptorSet
-
-    files = FileDescriptorSet()
-    contract = files.file.add()
-    pb.DESCRIPTOR.CopyToProto(contract)
-    for message in contract.message_type:
-        for fields in (message.field, *(nested.field for nested in message.nested_type)):
-            for field in fields:  # as protoc writes it
-                first, *others = field.name.split("_")
-                field.json_name = first + "".join(map(str.title, others))
-    path = folder / "descriptors.bin"
-    path.write_bytes(files.SerializeToString())
-    return path
 
 
 @pytest.mark.slow

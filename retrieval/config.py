@@ -171,7 +171,7 @@ class ServeConfig:
     max_in_flight: int = 256
     """Requests inside one worker; one more is refused with RESOURCE_EXHAUSTED at once."""
     max_encode_queue: int = 256
-    """Texts waiting for the encoder of one worker; more are refused."""
+    """Texts waiting for the encoder of one worker, and as many of batches; more are refused."""
     max_streams_per_connection: int = 0
     """Concurrent calls on one connection; more wait in the client and cost the server nothing.
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from retrieval.process_tuning import lower_thread_priority
+
 T = TypeVar("T")
 
 CLOSE_SECONDS = 2.0
@@ -26,9 +28,11 @@ class WorkThreads:
     Args:
         threads: How many.
         name: Of the threads.
+        low_priority: Whether threads of normal priority go first where cores are short.
     """
 
-    def __init__(self, threads: int, name: str) -> None:
+    def __init__(self, threads: int, name: str, *, low_priority: bool = False) -> None:
+        self._low_priority = low_priority
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
             queue.SimpleQueue()
         )
@@ -72,6 +76,8 @@ class WorkThreads:
             thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:
+        if self._low_priority:
+            lower_thread_priority()
         while (taken := self._jobs.get()) is not None:
             job, work = taken
             if job.set_running_or_notify_cancel():

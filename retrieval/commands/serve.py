@@ -220,7 +220,7 @@ def _port(value: int) -> int | None:
     "--max-encode-queue",
     default=DEFAULTS.max_encode_queue,
     show_default=True,
-    help="Texts waiting for the query tower; more are refused.",
+    help="Texts waiting for the query tower, and as many of batches; more are refused.",
 )
 @click.option("--max-k", default=LIMITS.max_k, show_default=True, help="Largest k.")
 @click.option(

@@ -1,4 +1,7 @@
-"""Dynamic batching: texts that arrive together are encoded together, within length buckets."""
+"""Dynamic batching: texts that arrive together are encoded together, within length buckets.
+
+Interactive texts go first; bulk texts take what they leave.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,20 @@ import numpy.typing as npt
 
 from encoders.errors import OmniError
 from encoders.towers.forms import MAX_TOKENS
-from retrieval.encoding.cached_encoder import Encoded
+from retrieval.encoding.cached_encoder import Encoded, Priority
 from retrieval.errors import EncoderFailed, Overloaded
 
 Float32 = npt.NDArray[np.float32]
 
 LENGTH_BUCKETS = (8, 16, 32, 64)
 """Padded lengths in tokens; a batch holds texts of one bucket."""
+BULK_SECONDS = 0.002
+"""A batch takes bulk texts as long as it is expected to end within this, or one text alone.
+
+So long an interactive text waits for bulk at most, as a forward pass cannot be interrupted.
+"""
+BULK_TURN_SECONDS = 0.1
+"""Bulk texts that wait have a batch at least so often, whatever else waits."""
 
 
 def estimated_tokens(text: str) -> int:
@@ -36,7 +46,7 @@ def bucket_of(tokens: int) -> int:
 
 
 class _Waiting:
-    """One text in the queue."""
+    """One text in a queue."""
 
     __slots__ = ("arrived_ns", "bucket", "future", "text")
 
@@ -47,13 +57,31 @@ class _Waiting:
         self.arrived_ns = time.perf_counter_ns()
 
 
+class _BulkRoom:
+    """How many padded tokens a batch with bulk texts may have: learned from what they took."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self.tokens = LENGTH_BUCKETS[-1]
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """Take in what a batch took; a small one says nothing about larger ones."""
+        if seconds > BULK_SECONDS or 2 * tokens >= self.tokens:
+            fitting = int(tokens * BULK_SECONDS / max(seconds, 1e-6))
+            self.tokens = max(1, min(fitting, 2 * self.tokens, self._max_tokens))
+
+
 class Batcher:
     """Feeds one encoder from one event loop.
 
     A batch is closed when its padded tokens reach ``max_tokens``, or when the encoder is free and
     the oldest text has waited ``max_delay_seconds``. With a delay of 0 an idle encoder starts at
-    once and batches form while it is busy: no latency is lost when traffic is low. The oldest
-    waiting text decides which length bucket goes next, so nothing starves.
+    once and batches form while it is busy: no latency is lost when traffic is low.
+
+    Interactive and bulk texts have queues of their own. The oldest interactive text decides which
+    length bucket goes next; bulk texts of that bucket fill a batch up to ``BULK_SECONDS``. The
+    oldest bulk text decides when no interactive one waits, and once in ``BULK_TURN_SECONDS``: so
+    nothing starves.
 
     Args:
         encode: ``list of B texts -> (B, D)`` float32 unit rows; runs in ``executor``.
@@ -61,7 +89,7 @@ class Batcher:
         dimension: Length of the vectors.
         max_tokens: Token budget of a batch.
         max_delay_seconds: Longest wait of an idle encoder for more texts.
-        max_queue: Texts that may wait; one more raises ``Overloaded``.
+        max_queue: Texts that may wait in each queue; one more raises ``Overloaded``.
     """
 
     def __init__(
@@ -80,7 +108,9 @@ class Batcher:
         self._max_tokens = max_tokens
         self._max_delay_seconds = max_delay_seconds
         self._max_queue = max_queue
-        self._queue: deque[_Waiting] = deque()
+        self._queues: dict[Priority, deque[_Waiting]] = {kind: deque() for kind in Priority}
+        self._bulk_room = _BulkRoom(max_tokens)
+        self._bulk_turn = 0.0  # when the oldest bulk text went last
         self._runner: asyncio.Task[None] | None = None
         self._text_seconds = 0.005  # exponential average of encode time per text
         self._running = 0  # texts inside the encoder
@@ -93,54 +123,55 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Texts in the queue."""
-        return len(self._queue)
+        """Texts in the queues."""
+        return sum(map(len, self._queues.values()))
 
-    def expected_wait_seconds(self) -> float:
-        """Estimate how long a text that arrives now takes, behind those that are here."""
+    def expected_wait_seconds(self, priority: Priority = Priority.INTERACTIVE) -> float:
+        """Estimate how long a text that arrives now takes, behind those that go before it."""
         left = self._text_seconds * self._running
         if left:
             left = max(0.0, left - (time.perf_counter() - self._running_since))
-        return left + self._text_seconds * (len(self._queue) + 1)
+        return left + self._text_seconds * (len(self._queues[priority]) + 1)
 
-    def full(self) -> Overloaded | None:
-        """Return the error for one more text, or None when the queue has a place."""
-        if len(self._queue) < self._max_queue:
+    def full(self, priority: Priority = Priority.INTERACTIVE) -> Overloaded | None:
+        """Return the error for one more text, or None when its queue has a place."""
+        if len(self._queues[priority]) < self._max_queue:
             return None
         if self._abandoned:
             self._drop_abandoned()
-            if len(self._queue) < self._max_queue:
+            if len(self._queues[priority]) < self._max_queue:
                 return None
-        retry_after_ms = max(5, int(self.expected_wait_seconds() * 500))
+        retry_after_ms = max(5, int(self.expected_wait_seconds(priority) * 500))
         return Overloaded("query encoder", self._max_queue, retry_after_ms)
 
     def late(self, remaining_seconds: float | None) -> Overloaded | None:
-        """Return the error for a text that would probably not be encoded in this time.
+        """Return the error for an interactive text that would probably not be encoded in this time.
 
         An idle encoder refuses nothing.
         """
-        if remaining_seconds is None or not (self._queue or self._running):
+        waiting = len(self._queues[Priority.INTERACTIVE])
+        if remaining_seconds is None or not (waiting or self._running):
             return None
         wait = self.expected_wait_seconds()
         if wait <= remaining_seconds:
             return None
-        places = len(self._queue) + self._running
+        places = waiting + self._running
         retry_after_ms = max(5, int(wait * 1e3))
         return Overloaded("query encoder (within your deadline)", places, retry_after_ms)
 
-    async def submit(self, text: str) -> Encoded:
-        """Encode one normalised text; cancelling the call takes it out of the queue.
+    async def submit(self, text: str, priority: Priority = Priority.INTERACTIVE) -> Encoded:
+        """Encode one normalised text; cancelling the call takes it out of its queue.
 
         Raises:
-            Overloaded: The queue is full.
+            Overloaded: Its queue is full.
             EncoderFailed: The encoder raised, or made a vector with NaN, a wrong size or a wrong
                 norm.
         """
-        full = self.full()
+        full = self.full(priority)
         if full is not None:
             raise full
         future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(text, bucket_of(estimated_tokens(text)), future))
+        self._queues[priority].append(_Waiting(text, bucket_of(estimated_tokens(text)), future))
         if self._runner is None:
             self._runner = asyncio.ensure_future(self._run())
         try:
@@ -149,32 +180,62 @@ class Batcher:
             self._abandoned = True
             raise
 
+    def promote(self, text: str) -> None:
+        """Let a bulk text go with the interactive ones, as an interactive caller waits for it."""
+        bulk = self._queues[Priority.BULK]
+        for item in bulk:
+            if item.text == text and not item.future.done():
+                bulk.remove(item)
+                self._queues[Priority.INTERACTIVE].append(item)
+                return
+
     def _drop_abandoned(self) -> None:
         self._abandoned = False
-        alive = [item for item in self._queue if not item.future.done()]
-        self.dropped += len(self._queue) - len(alive)
-        self._queue = deque(alive)
+        for priority, queue in self._queues.items():
+            alive = deque(item for item in queue if not item.future.done())
+            self.dropped += len(queue) - len(alive)
+            self._queues[priority] = alive
 
     def _close_batch(self) -> list[_Waiting]:
-        """Take the oldest text and those of its bucket, up to the token budget.
+        """Take the texts that go next, all of one bucket; those whose caller has gone are dropped.
 
-        Texts whose caller has gone are dropped.
+        At most the token budget, with bulk texts at most what ends soon.
         """
         self._drop_abandoned()
-        if not self._queue:
+        leading = self._leading()
+        if leading is None:
             return []
-        bucket = self._queue[0].bucket
+        bucket = self._queues[leading][0].bucket
         room = max(1, self._max_tokens // bucket)
-        batch: list[_Waiting] = []
+        bulk_room = max(1, self._bulk_room.tokens // bucket)
+        if leading is Priority.BULK:
+            self._bulk_turn = time.perf_counter()
+            return self._take(Priority.BULK, bucket, min(room, bulk_room))
+        batch = self._take(Priority.INTERACTIVE, bucket, room)
+        return batch + self._take(Priority.BULK, bucket, min(room, bulk_room) - len(batch))
+
+    def _leading(self) -> Priority | None:
+        """Return whose oldest text goes next; None: no text waits."""
+        bulk = self._queues[Priority.BULK]
+        if not self._queues[Priority.INTERACTIVE]:
+            return Priority.BULK if bulk else None
+        since = time.perf_counter() - BULK_TURN_SECONDS
+        if bulk and self._bulk_turn < since and bulk[0].arrived_ns / 1e9 < since:
+            return Priority.BULK
+        return Priority.INTERACTIVE
+
+    def _take(self, priority: Priority, bucket: int, room: int) -> list[_Waiting]:
+        """Take the oldest texts of a bucket out of a queue."""
+        taken: list[_Waiting] = []
         rest: deque[_Waiting] = deque()
-        for item in self._queue:
-            (batch if item.bucket == bucket and len(batch) < room else rest).append(item)
-        self._queue = rest
-        return batch
+        for item in self._queues[priority]:
+            (taken if item.bucket == bucket and len(taken) < room else rest).append(item)
+        self._queues[priority] = rest
+        return taken
 
     async def _run(self) -> None:
         try:
-            while self._queue:
+            while self.waiting:
                 if self._max_delay_seconds > 0:
                     await self._wait_for_more()
                 batch = self._close_batch()
@@ -184,12 +245,13 @@ class Batcher:
         finally:
             self._runner = None
             self._running = 0
-            if self._queue and not asyncio.get_running_loop().is_closed():
+            if self.waiting and not asyncio.get_running_loop().is_closed():
                 self._runner = asyncio.ensure_future(self._run())
 
     async def _wait_for_more(self) -> None:
-        waited = (time.perf_counter_ns() - self._queue[0].arrived_ns) / 1e9
-        tokens = sum(item.bucket for item in self._queue)
+        waiting = [item for queue in self._queues.values() for item in queue]
+        waited = (time.perf_counter_ns() - min(item.arrived_ns for item in waiting)) / 1e9
+        tokens = sum(item.bucket for item in waiting)
         if tokens < self._max_tokens and waited < self._max_delay_seconds:
             await asyncio.sleep(self._max_delay_seconds - waited)
 
@@ -215,6 +277,7 @@ class Batcher:
         self.batches += 1
         self.texts += len(batch)
         self._text_seconds += 0.1 * (encode_ns / 1e9 / len(batch) - self._text_seconds)
+        self._bulk_room.learn(batch[0].bucket * len(batch), encode_ns / 1e9)
         for item, vector in zip(batch, vectors, strict=True):
             if not item.future.done():
                 item.future.set_result(Encoded(vector, started - item.arrived_ns, encode_ns))

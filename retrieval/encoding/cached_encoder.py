@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,21 +39,36 @@ class Encoded(NamedTuple):
     encode_ns: int
 
 
+class Priority(Enum):
+    """Which texts an encoder takes first."""
+
+    INTERACTIVE = "interactive"
+    """Of calls with one query: somebody waits at a page."""
+    BULK = "bulk"
+    """Of calls with many."""
+
+
 class Encoder(Protocol):
     """The side of ``retrieval.encoding.batcher.Batcher`` that the cache calls."""
 
-    async def submit(self, text: str) -> Encoded:
+    async def submit(self, text: str, priority: Priority) -> Encoded:
         """Encode one normalised text."""
+        ...
+
+    def promote(self, text: str) -> None:
+        """Let a bulk text that waits go with the interactive ones."""
         ...
 
 
 class _Flight:
     """One encode under way and the number of callers who wait for it."""
 
-    __slots__ = ("task", "waiters")
+    __slots__ = ("priority", "task", "waiters")
 
-    def __init__(self, task: asyncio.Task[Lookup]) -> None:
-        self.task = task
+    task: asyncio.Task[Lookup]
+
+    def __init__(self, priority: Priority) -> None:
+        self.priority = priority
         self.waiters = 0
 
 
@@ -109,8 +125,10 @@ class CachedEncoder:
         """Return whether ``load`` would join an encode under way."""
         return text in self._flights
 
-    async def load(self, text: str) -> Lookup:
+    async def load(self, text: str, priority: Priority = Priority.INTERACTIVE) -> Lookup:
         """Get the vector after a miss of ``peek``: join an encode, ask Redis, or encode.
+
+        An interactive caller who joins the encode of a bulk text makes it an interactive one.
 
         Raises:
             Overloaded: The encoder's queue is full.
@@ -118,11 +136,15 @@ class CachedEncoder:
         """
         flight = self._flights.get(text)
         if flight is None:
-            flight = _Flight(asyncio.ensure_future(self._fetch(text)))
+            flight = _Flight(priority)
+            flight.task = asyncio.ensure_future(self._fetch(text, flight))
             flight.task.add_done_callback(_retrieve_exception)
             self._flights[text] = flight
         else:
             self.shared += 1
+            if priority is Priority.INTERACTIVE and flight.priority is Priority.BULK:
+                flight.priority = priority
+                self.encoder.promote(text)
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)
@@ -139,7 +161,7 @@ class CachedEncoder:
         return Lookup(vector, True, 0, 0) if vector is not None else await self.load(text)
 
     async def lookup_many(self, texts: Sequence[str]) -> Lookups:
-        """Get the vectors of many texts, in their order.
+        """Get the vectors of many texts, in their order; interactive ones are encoded first.
 
         Missed texts are started in parts that leave room in the encoder's queue. What a finished
         part has encoded stays cached, even if a later part fails.
@@ -191,16 +213,18 @@ class CachedEncoder:
     async def _load_again(self, text: str) -> Lookup:
         """Load a text, unless another caller's encode has ended since it was missed."""
         entry = self.find(text)
-        return Lookup(entry.vector, True, 0, 0) if entry is not None else await self.load(text)
+        if entry is not None:
+            return Lookup(entry.vector, True, 0, 0)
+        return await self.load(text, Priority.BULK)
 
-    async def _fetch(self, text: str) -> Lookup:
+    async def _fetch(self, text: str, flight: _Flight) -> Lookup:
         key = self.prefix + text
         if self.redis is not None:
             shared = await self.redis.get(key)
             if shared is not None:
                 self.cache.put(key, shared)
                 return Lookup(shared, True, 0, 0)
-        encoded = await self.encoder.submit(text)
+        encoded = await self.encoder.submit(text, flight.priority)
         self.cache.put(key, encoded.vector)
         if self.redis is not None:
             self.redis.put_soon(key, encoded.vector)

@@ -73,13 +73,13 @@ class Searcher:
 
     Args:
         inline_seconds: Searches expected to take less run on the event loop.
-        threads: For the others; batches have as many of their own.
+        threads: For the others; batches have as many of their own, which yield to these.
     """
 
     def __init__(self, inline_seconds: float, threads: int) -> None:
         self.inline_seconds = inline_seconds
         self.threads = WorkThreads(threads, "search")
-        self.bulk_threads = WorkThreads(threads, "bulk-search")
+        self.bulk_threads = WorkThreads(threads, "bulk-search", low_priority=True)
         self._expected: dict[Hashable, float] = {}
 
     async def search(

@@ -2,14 +2,18 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from retrieval.encoding import batcher as batcher_module
 from retrieval.encoding.batcher import LENGTH_BUCKETS, Batcher, bucket_of, estimated_tokens
-from retrieval.encoding.cached_encoder import CachedEncoder
+from retrieval.encoding.cached_encoder import CachedEncoder, Priority
 from retrieval.encoding.query_cache import QueryCache
 from retrieval.errors import EncoderFailed, Overloaded
 from tests.helpers.waiting import PATIENCE_SECONDS, until_async
@@ -138,6 +142,141 @@ async def test_batcher_bad_text_fails_alone(tower: Tower, executor) -> None:
     assert not isinstance(await batcher.submit("again"), BaseException), "the runner lives on"
 
 
+@pytest.fixture
+async def busy(tower: Tower, executor) -> AsyncIterator[Batcher]:
+    """A batcher whose encoder is inside a first batch, as long as the tower's gate is closed."""
+    batcher = Batcher(tower, executor, DIMENSION, max_queue=8)
+    tower.gate.clear()
+    first = asyncio.ensure_future(batcher.submit("first"))
+    await until_async(lambda: tower.entered == 1)
+    yield batcher
+    tower.gate.set()
+    await first
+
+
+def submit(batcher: Batcher, texts: Sequence[str], priority: Priority) -> list[asyncio.Future]:
+    return [asyncio.ensure_future(batcher.submit(text, priority)) for text in texts]
+
+
+async def test_batcher_interactive_text_goes_before_bulk_texts_that_wait(
+    tower: Tower, busy: Batcher
+) -> None:
+    tasks = submit(busy, [f"bulk text number {i}" for i in range(6)], Priority.BULK)
+    await until_async(lambda: busy.waiting == 6)
+    tasks += submit(busy, ["asked"], Priority.INTERACTIVE)
+    await until_async(lambda: busy.waiting == 7)
+    tower.gate.set()
+    await asyncio.gather(*tasks)
+    assert tower.batches[1] == ["asked"], "of another length than the bulk texts"
+
+
+async def test_batcher_bulk_texts_fill_what_interactive_ones_leave(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION)
+    tasks = submit(batcher, ["b1", "b2"], Priority.BULK)
+    tasks += submit(batcher, ["asked"], Priority.INTERACTIVE)
+    await asyncio.gather(*tasks)
+    assert tower.batches == [["asked", "b1", "b2"]]
+
+
+async def test_batcher_full_bulk_queue_leaves_interactive_places_free(
+    tower: Tower, busy: Batcher
+) -> None:
+    tasks = submit(busy, [f"b{i}" for i in range(8)], Priority.BULK)
+    await until_async(lambda: busy.waiting == 8)
+    with pytest.raises(Overloaded, match="all 8 places"):
+        await busy.submit("one more", Priority.BULK)
+    assert busy.full() is None and busy.late(60.0) is None
+    tasks += submit(busy, ["asked"], Priority.INTERACTIVE)
+    tower.gate.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_batcher_slow_tower_takes_few_bulk_texts_at_a_time(tower: Tower, executor) -> None:
+    def slow(texts: Sequence[str]) -> np.ndarray:
+        time.sleep(0.004 * len(texts))
+        return tower(texts)
+
+    batcher = Batcher(slow, executor, DIMENSION)
+    await asyncio.gather(*submit(batcher, ["x"] * 40, Priority.BULK))
+    assert max(map(len, tower.batches[2:])) == 1, "two texts take longer than BULK_SECONDS"
+    tower.batches.clear()
+    await asyncio.gather(*submit(batcher, ["x"] * 10, Priority.INTERACTIVE))
+    assert max(map(len, tower.batches)) == 10, "those who wait share one pass"
+
+
+async def test_batcher_bulk_text_has_its_turn_beside_endless_interactive_ones(
+    tower: Tower, busy: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "BULK_TURN_SECONDS", 0.05)
+    bulk = submit(busy, ["b" * 20, "b" * 60, "b" * 150], Priority.BULK)
+    ends = asyncio.get_running_loop().time() + PATIENCE_SECONDS
+
+    async def ask() -> None:
+        while not all(task.done() for task in bulk):
+            assert asyncio.get_running_loop().time() < ends, "a bulk text starves"
+            await busy.submit("asked")
+
+    tower.gate.set()
+    await asyncio.gather(*(ask() for _ in range(4)))
+    assert all(task.exception() is None for task in bulk)
+
+
+async def test_batcher_promoted_text_goes_with_the_interactive_ones(
+    tower: Tower, busy: Batcher
+) -> None:
+    tasks = submit(busy, ["short", "a bulk text of another length"], Priority.BULK)
+    await until_async(lambda: busy.waiting == 2)
+    busy.promote("a bulk text of another length")
+    busy.promote("not here")
+    tower.gate.set()
+    await asyncio.gather(*tasks)
+    assert tower.batches[1:] == [["a bulk text of another length"], ["short"]]
+
+
+CALLS = st.lists(
+    st.tuples(st.sampled_from(Priority), st.integers(1, 200), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=60,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(CALLS)
+def test_batcher_every_text_is_encoded_once_or_its_caller_has_gone(
+    calls: list[tuple[Priority, int, bool, bool]],
+) -> None:
+    async def run() -> None:
+        tower = Tower()
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(tower, executor, DIMENSION, max_tokens=256)
+            tasks = []
+            for number, (priority, length, leaves, pauses) in enumerate(calls):
+                text = f"{number} ".ljust(length, "x")
+                task = asyncio.ensure_future(batcher.submit(text, priority))
+                tasks.append((task, text, leaves))
+                if pauses:
+                    await asyncio.sleep(0)
+                    for other, _, gone in tasks:
+                        if gone:
+                            other.cancel()
+            await asyncio.wait_for(
+                asyncio.gather(*(task for task, _, _ in tasks), return_exceptions=True),
+                PATIENCE_SECONDS,
+            )
+            await until_async(lambda: not batcher.waiting)
+        encoded = [text for batch in tower.batches for text in batch]
+        assert len(encoded) == len(set(encoded)), "once"
+        for task, text, leaves in tasks:
+            assert leaves or text in encoded
+            if not task.cancelled():
+                assert task.result().vector[len(text) % DIMENSION] == 1.0
+        for batch in tower.batches:
+            assert len({bucket_of(estimated_tokens(text)) for text in batch}) == 1
+            assert sum(bucket_of(estimated_tokens(text)) for text in batch) <= 256
+
+    asyncio.run(run())
+
+
 def cached_encoder(tower: Tower, executor, **settings: int) -> tuple[CachedEncoder, Batcher]:
     batcher = Batcher(tower, executor, DIMENSION, max_queue=8, **settings)
     return CachedEncoder(QueryCache(1_000_000, 1e6), batcher, "s/", DIMENSION, max_queue=8), batcher
@@ -178,7 +317,8 @@ async def test_lookup_many_refused_by_full_queue_keeps_encoded_part_cached(
     tower.gate.set()
     while not many.done():  # as soon as there is a place, somebody else takes it
         others += [
-            asyncio.ensure_future(batcher.submit("other")) for _ in range(8 - batcher.waiting)
+            asyncio.ensure_future(batcher.submit("other", Priority.BULK))
+            for _ in range(8 - batcher.waiting)
         ]
         await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="all 8 places"):

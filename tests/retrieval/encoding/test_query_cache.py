@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.encoding.cached_encoder import CachedEncoder, Encoded
+from retrieval.encoding.cached_encoder import CachedEncoder, Encoded, Priority
 from retrieval.encoding.query_cache import QueryCache, entry_bytes, namespace
 from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.errors import Overloaded
@@ -42,9 +42,13 @@ class SlowEncoder:
         self.gate = asyncio.Event()
         self.calls: list[str] = []
         self.cancelled: list[str] = []
+        self.promoted: list[str] = []
         self.error: Exception | None = None
 
-    async def submit(self, text: str) -> Encoded:
+    def promote(self, text: str) -> None:
+        self.promoted.append(text)
+
+    async def submit(self, text: str, priority: Priority) -> Encoded:
         self.calls.append(text)
         try:
             await self.gate.wait()
@@ -173,6 +177,21 @@ async def test_cached_encoder_lookup_many_keeps_order_and_encodes_repeats_once()
     vectors, flags, _, _ = await cached.lookup_many(["a", "bbb", "a", "cc"])
     np.testing.assert_array_equal(vectors, np.stack([unit(1), unit(3), unit(1), unit(2)]))
     assert flags == [False] * 4 and sorted(encoder.calls) == ["a", "bbb", "cc"]
+
+
+async def test_cached_encoder_interactive_caller_promotes_the_bulk_encode_that_it_joins() -> None:
+    encoder = SlowEncoder()
+    cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
+    waiting = [asyncio.ensure_future(cached.lookup_many(["blue", "red"]))]
+    await until_async(lambda: len(encoder.calls) == 2)
+    waiting += [asyncio.ensure_future(cached.lookup_many(["red"]))]
+    await asyncio.sleep(0.01)
+    assert not encoder.promoted
+    waiting += [asyncio.ensure_future(cached.lookup("blue")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    encoder.gate.set()
+    await asyncio.gather(*waiting)
+    assert encoder.promoted == ["blue"] and encoder.calls == ["blue", "red"]
 
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import gzip
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -278,6 +279,22 @@ class Stranger:
 
     async def abort(self, code: Code, details: str = "", trailing: object = ()) -> NoReturn:
         raise RuntimeError(code)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread's own priority is Linux's")
+def test_threads_of_batches_yield_to_those_of_single_searches() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def run() -> tuple[int, int]:
+        single, _ = await searcher.in_thread(niceness)
+        bulk, _ = await searcher.in_thread(niceness, bulk=True)
+        return single, bulk
+
+    searcher = Searcher(1.0, 1)
+    single, bulk = asyncio.run(run())
+    searcher.close()
+    assert bulk > single == niceness()
 
 
 def test_error_of_one_text_leaves_the_others_of_its_batch_to_be_answered() -> None:

@@ -128,6 +128,34 @@ def test_retrieve_batch_reranking_lets_others_be_answered(
     assert answered > 3
 
 
+def test_retrieve_of_a_new_text_is_encoded_before_the_texts_of_a_batch(
+    running: Running, stub: rpc.RetrievalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = running.server.releases.active
+    assert active is not None
+    encode = active.encoding.encode
+    encoded: list[str] = []
+
+    def slow(texts: list[str]) -> np.ndarray:
+        encoded.extend(texts)
+        time.sleep(0.005 * len(texts))
+        return encode(texts)
+
+    monkeypatch.setattr(active.batcher, "_encode", slow)
+    first = f"batch {time.time_ns()}"
+    batch = pb.RetrieveBatchRequest(
+        queries=[f"{first} {i}" for i in range(200)], target=pb.Target(entity_type="pin", k=2)
+    )
+    answer = stub.RetrieveBatch.future(batch)
+    until(lambda: any(text.startswith(first) for text in encoded))
+    asked = f"asked {time.time_ns()}"
+    stub.Retrieve(pb.RetrieveRequest(query=asked, entity_type="pin", k=2))
+    assert not answer.done()
+    behind = sum(text.startswith(first) for text in encoded[encoded.index(asked) :])
+    assert len(answer.result().answers) == 200
+    assert len(encoded) == 201 and behind < 20
+
+
 def test_retrieve_batch_past_its_deadline_ends_and_is_counted_so(
     running: Running, stub: rpc.RetrievalStub
 ) -> None:

@@ -42,6 +42,7 @@ POSITIVE = (
     "max_deadline_seconds",
     "cache_ttl_seconds",
     "poll_seconds",
+    "remote_poll_seconds",
     "live_poll_seconds",
     "redis_timeout_ms",
 )
@@ -95,7 +96,14 @@ class ServeConfig:
     """One server. Times end in their unit; a fraction is between 0 and 1."""
 
     releases: Path
-    """The releases/ root that a build publishes to."""
+    """The releases/ root that a build publishes to; with ``remote_store`` the cache of it."""
+    remote_store: str | None = None
+    """URL of pushed releases (``s3://bucket/prefix``) that are pulled into ``releases``.
+
+    None: ``releases`` is the store itself.
+    """
+    remote_poll_seconds: float = 5.0
+    """How often ``remote_store`` is looked at."""
     host: str = "127.0.0.1"
     """Address to listen on; beyond loopback only with tokens, client certificates or ``insecure``.
     """
@@ -258,6 +266,9 @@ class ServeConfig:
             ConfigError: One is out of range; the message names it.
         """
         object.__setattr__(self, "host", self.host.strip("[]"))
+        if self.remote_store is not None:
+            object.__setattr__(self, "remote_store", self.remote_store.rstrip("/"))
+            self._check("://" in self.remote_store, "remote_store", "a URL")
         for name in ("port", "metrics_port", "probe_port"):
             port = getattr(self, name)
             if port is not None or name == "port":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,12 +33,15 @@ from index_builder.building.parity import check_forms
 from index_builder.building.plan import RebuildConfig, plan_release, read_bundle
 from index_builder.building.sources import scratch_folder
 from index_builder.commands.rebuild_sources import RebuildSources, gather
-from index_builder.commands.store_option import open_store, store_option
+from index_builder.commands.store_option import StoreOrUrl, open_store
 from index_builder.releases.manifest import Manifest
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.construction import INCREMENTAL
 from index_builder.search.entity_index import IndexConfig
+
+if TYPE_CHECKING:
+    from index_builder.commands.rebuild_remote import RemoteTarget
 
 _SOURCES = (
     "bundle",
@@ -123,7 +127,23 @@ class IndexKind(click.Choice):
 
 
 @click.command()
-@store_option
+@click.option(
+    "--store",
+    type=StoreOrUrl(path_type=Path, file_okay=False),
+    envvar="OMNI_STORE",
+    default=Path("store"),
+    show_default=True,
+    help=(
+        "Folder with releases/ and live/ (also read from OMNI_STORE), or the URL of pushed"
+        " releases: the active one is pulled, the new one is built over it and pushed."
+    ),
+)
+@click.option(
+    "--store-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder in which releases of --store URL are built; by default one below ~/.cache.",
+)
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path, file_okay=False),
@@ -345,9 +365,7 @@ class IndexKind(click.Choice):
 @json_option
 @handle_errors
 @reading_flags
-def command(
-    store_path: Path, as_json: bool, dry_run: bool, reading: ReadingOptions, **options: Any
-) -> None:
+def command(as_json: bool, dry_run: bool, reading: ReadingOptions, **options: Any) -> None:
     """Embed, build, calibrate, gate and publish a release.
 
     What is active stays active until the new one is whole and proven.
@@ -357,6 +375,9 @@ def command(
     live log in). An interrupted run goes on where it stopped when it is started again with the same
     input.
 
+    With --store URL the release that is active there is pulled, the new one is built over it in a
+    cache folder, and pushed once it is proven; live writes are not folded in, as a URL has none.
+
     With --query-tower nothing is embedded and no graph is built: a newer bundle's query tower takes
     over the indexes that are active, if `omni evaluate NEW --against-index OLD --declare` has
     measured and declared that it may. --dry-run shows the measured recall.
@@ -364,26 +385,57 @@ def command(
     Example: omni rebuild --store store --bundle bundle --catalogue catalogue.jsonl --queries
     queries.txt
     """
-    store = open_store(store_path)
     config = _config(options)
+    target = _remote_target(options["store"], options["store_cache"])
+    store = open_store(options["store"]) if target is None else target.store
+    # What is built for a URL becomes active once it is there
+    building = config if target is None else replace(config, activate=False)
     if options["query_tower"]:
-        release_id = _upgrade_query_tower(store, options, config, dry_run, as_json)
-        if release_id is not None:
-            _report(store, release_id, as_json)
+        release_id = _upgrade_query_tower(store, options, building, dry_run, as_json)
+    else:
+        sources = RebuildSources(
+            **{name: options[name] for name in _SOURCES},
+            reading=reading,
+            exported_at=parse_exported_at(options["exported_at"]),
+        )
+        release_id = _rebuild(store, sources, building, dry_run, as_json)
+    if release_id is None:
         return
-    sources = RebuildSources(
-        **{name: options[name] for name in _SOURCES},
-        reading=reading,
-        exported_at=parse_exported_at(options["exported_at"]),
-    )
+    if target is not None:
+        target.push(release_id, config.activate)
+    _report(store, release_id, as_json)
+
+
+def _remote_target(store: Path | str, cache: Path | None) -> RemoteTarget | None:
+    """Prepare a build for a store at a URL; None: the store is a folder.
+
+    Raises:
+        ConfigError: There is a cache folder, and no URL.
+    """
+    if isinstance(store, str):
+        from index_builder.commands.rebuild_remote import open_target
+
+        return open_target(store, cache)
+    if cache is not None:
+        raise ConfigError("--store-cache: expected a URL as --store, but got a folder")
+    return None
+
+
+def _rebuild(
+    store: ReleaseStore,
+    sources: RebuildSources,
+    config: RebuildConfig,
+    dry_run: bool,
+    as_json: bool,
+) -> str | None:
+    """Build and publish a release; None if this is a dry run, which prints its plan."""
     with scratch_folder(store) as scratch:
         inputs, bundle_path, queries = gather(store, sources, config, scratch, dry_run)
         if dry_run:
             _print_plan(plan_release(inputs, read_bundle(bundle_path), store, config), as_json)
-            return
+            return None
         gate = _parity_gate(bundle_path)
-        release_id = build_release(inputs, bundle_path, store, config, queries, parity=gate)
-    _report(store, release_id, as_json)
+        return build_release(inputs, bundle_path, store, config, queries, parity=gate)
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:

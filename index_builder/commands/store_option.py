@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from index_builder.errors import ReleaseError
 from index_builder.releases.store import ReleaseStore
+from index_builder.remote.object_store import is_url
 
 store_option = click.option(
     "--store",
@@ -18,6 +20,15 @@ store_option = click.option(
     show_default=True,
     help="Folder with releases/ and live/ (also read from OMNI_STORE).",
 )
+
+
+class StoreOrUrl(click.Path):
+    """A folder as a path, or a URL as text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check one value."""
+        return value if is_url(str(value)) else super().convert(value, param, ctx)
+
 
 store_or_url_option = click.option(
     "--store",

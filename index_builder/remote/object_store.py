@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,13 @@ _BOUNDED_S3 = {
 def is_url(store: str) -> bool:
     """Return whether a store is named by a URL and not by a folder."""
     return "://" in store
+
+
+def default_cache_folder(purpose: str, url: str) -> Path:
+    """Return the folder for what is pulled from a URL, when none is named."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    return Path(base) / "omnisearchsage" / purpose / name
 
 
 class ObjectStore:

@@ -71,6 +71,9 @@ def pull_release(
     with store.lock("build"):
         if not _is_here(store, recipe):
             staging = store.staging(f"pull-{manifest.release_id}")
+            for other in store.releases.glob(".staging-pull-*"):
+                if other != staging:  # else what is wanted no more takes the room
+                    shutil.rmtree(other, ignore_errors=True)
             with disk_full_is_clear("pulling the release", store.releases):
                 moved = _fill(staging, recipe, store, remote)
             try:

@@ -13,6 +13,8 @@ import click
 from click.core import ParameterSource
 
 from encoders.commands.console import handle_errors, json_option, say
+from encoders.errors import ConfigError
+from index_builder.commands.store_option import StoreOrUrl
 from retrieval.commands.serve_config import config_as_toml, merged, read_config_file
 from retrieval.config import DAY_SECONDS, Limits, ServeConfig
 from retrieval.observability.logs import configure_logging
@@ -57,10 +59,25 @@ def _port(value: int) -> int | None:
     "--releases",
     "--store",
     "releases",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=StoreOrUrl(path_type=Path, file_okay=False),
     default=None,
     envvar="OMNI_STORE",
-    help="The store that `omni rebuild` publishes to (the folder with releases/ inside).",
+    help=(
+        "The store that `omni rebuild` publishes to (the folder with releases/ inside), or the URL"
+        " that `omni release push` has pushed to."
+    ),
+)
+@click.option(
+    "--store-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder for what is pulled from --store URL; by default one below ~/.cache.",
+)
+@click.option(
+    "--store-poll-seconds",
+    default=DEFAULTS.remote_poll_seconds,
+    show_default=True,
+    help="How often --store URL is looked at.",
 )
 @click.option(
     "--host",
@@ -328,10 +345,11 @@ def command(**flags: Any) -> None:
     """Serve the active release of a store over gRPC and as JSON over HTTP, and follow it.
 
     \b
-    The server watches <store>/releases/CURRENT: a newly activated release is loaded beside the
-    old one, must answer its golden queries, and takes over without a failed call. It listens on
-    the gRPC port once a release is loaded; until then /healthz says what it waits for. SIGTERM
-    drains, SIGHUP reads tokens and certificates again (as a change of their files does).
+    The server watches <store>/releases/CURRENT, or pulls what becomes active at the URL that
+    --store names: a newly activated release is loaded beside the old one, must answer its golden
+    queries, and takes over without a failed call. It listens on the gRPC port once a release is
+    loaded; until then /healthz says what it waits for. SIGTERM drains, SIGHUP reads tokens and
+    certificates again (as a change of their files does).
 
     \b
     Example:
@@ -345,10 +363,20 @@ def command(**flags: Any) -> None:
     print_only = flags.pop("print_config")
     settings = settings_of_flags(flags)
     config = merged(settings, {} if file is None else read_config_file(file), given_settings())
+    if flags["store_cache"] is not None and config.remote_store is None:
+        raise ConfigError("--store-cache: expected a URL as --store, but got a folder")
     if print_only:
         click.echo(config_as_toml(config), nl=False)
         return
     configure_logging(config.log_json)
+    from retrieval.server.remote_store import following_remote_store
+
+    with following_remote_store(config):
+        _run(config, as_json)
+
+
+def _run(config: ServeConfig, as_json: bool) -> None:
+    """Serve until a signal ends it."""
     if config.workers > 1:
         from retrieval.server.supervisor import serve_with_workers
 
@@ -369,18 +397,20 @@ FLAGS: dict[str, Converted] = {
     "cache_mib": Converted("cache_bytes", _mib),
     "answer_cache_mib": Converted("answer_cache_bytes", _mib),
     "cache_ttl_days": Converted("cache_ttl_seconds", lambda days: days * DAY_SECONDS),
+    "store_poll_seconds": Converted("remote_poll_seconds", float),
     "read_only": Converted("accept_writes", lambda read_only: not read_only),
 }
 """Flags that are not settings as they are."""
 LIMIT_FLAGS = ("max_k", "max_batch")
+STORE_FLAGS = ("releases", "store_cache")
 
 
 def settings_of_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of ``ServeConfig`` that flags stand for, limits in a dictionary."""
     limits = {name: flags[name] for name in LIMIT_FLAGS}
-    settings: dict[str, Any] = {"limits": limits}
+    settings: dict[str, Any] = {"limits": limits, **_store_settings(*map(flags.get, STORE_FLAGS))}
     for name, value in flags.items():
-        if name in LIMIT_FLAGS:
+        if name in (*LIMIT_FLAGS, *STORE_FLAGS):
             continue
         converted = FLAGS.get(name)
         settings[converted.setting if converted else name] = (
@@ -389,12 +419,24 @@ def settings_of_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _store_settings(store: Path | str | None, cache: Path | None) -> dict[str, Any]:
+    """Return the settings of ``--store``, a folder or a URL, and of its cache folder."""
+    if isinstance(store, str):
+        return {"releases": cache, "remote_store": store}
+    return {"releases": cache or store, "remote_store": None}
+
+
 def given_settings() -> set[str]:
     """Return the names of settings that the command line or the environment sets."""
     context = click.get_current_context()
     given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
     names = [name for name in context.params if context.get_parameter_source(name) in given]
-    return {FLAGS[name].setting if name in FLAGS else name for name in names}
+    settings = {FLAGS[name].setting if name in FLAGS else name for name in names}
+    if "releases" in names:
+        settings.add("remote_store")
+    if "store_cache" in names:
+        settings.add("releases")
+    return settings
 
 
 def announce(info: dict[str, Any], as_json: bool) -> None:

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import ConfigError
+from index_builder.remote.object_store import default_cache_folder, is_url
 from retrieval.config import Limits, ServeConfig
 
 LIMITS_TABLE = "limits"
 PATHS = ("releases", "impression_log", "tls_cert", "tls_key", "tls_client_ca", "tokens")
-OPTIONAL = ("metrics_port", "probe_port", "redis_url", "otlp_endpoint", *PATHS[1:])
+OPTIONAL = (
+    "metrics_port",
+    "probe_port",
+    "remote_store",
+    "redis_url",
+    "otlp_endpoint",
+    *PATHS[1:],
+)
 """Settings that may be None; in a file they are left out, or ``false`` switches them off."""
 
 
@@ -30,6 +38,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     limits = content.pop(LIMITS_TABLE, {})
     if not isinstance(limits, dict):
         raise ConfigError(f"{path}: limits: expected a table, but got {limits!r}.")
+    if is_url(str(content.get("releases"))):
+        content.setdefault("remote_store", content.pop("releases"))
     settings = _checked(content, ServeConfig, path, "")
     if limits:
         settings[LIMITS_TABLE] = _checked(limits, Limits, path, f"{LIMITS_TABLE}.")
@@ -58,6 +68,8 @@ def merged(
         **{name: value for name, value in file.items() if name not in given},
         LIMITS_TABLE: Limits(**limits),
     }
+    if chosen["releases"] is None and chosen.get("remote_store") is not None:
+        chosen["releases"] = default_cache_folder("stores", chosen["remote_store"])
     if chosen["releases"] is None:
         raise ConfigError(
             "--store: expected the store that `omni rebuild` publishes to. Give --store, or"

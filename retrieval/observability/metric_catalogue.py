@@ -78,6 +78,8 @@ CATALOGUE: dict[str, MetricDefinition] = {
     "omni_prewarmed_queries": _counter(
         "Cached queries encoded again before a swap to a new space."
     ),
+    "omni_store_age_seconds": _gauge("Time since the store at a URL answered last."),
+    "omni_store_failing": _gauge("1 when the last look at the store at a URL failed."),
     "omni_live_sequence": _gauge("Last live-log entry visible.", "entity_type"),
     "omni_live_failing": _gauge("1 while the live log cannot be read."),
     # Shadow recall
@@ -126,6 +128,14 @@ FORMER_NAMES: dict[str, str] = {
 AVERAGED = frozenset(
     f"omni_shadow_recall{end}" for end in ("", "_low", "_high", "_minute", "_minute_high")
 )
-MAXIMUM = frozenset({"omni_ready", "omni_release_info", "omni_release_load_seconds"})
+MAXIMUM = frozenset(
+    {
+        "omni_ready",
+        "omni_release_info",
+        "omni_release_load_seconds",
+        "omni_store_age_seconds",
+        "omni_store_failing",
+    }
+)
 MINIMUM = frozenset({"omni_live_sequence"})
 """Metrics that workers do not add up: their mean, largest or smallest value counts."""

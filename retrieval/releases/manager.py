@@ -28,6 +28,7 @@ from retrieval.observability.metrics import Metrics
 from retrieval.releases.cache_warming import CacheWarmer
 from retrieval.releases.current_file import CurrentFile
 from retrieval.releases.loader import Graphs, RedisOfDimension, ReleaseLoader
+from retrieval.releases.remote_status import nothing_active, remote_measurements
 from retrieval.releases.serving_release import EncoderWork, ServingRelease
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class LiveReleases:
         self.metrics = metrics
         self.active: ServingRelease | None = None
         self.loaded: OrderedDict[str, ServingRelease] = OrderedDict()
-        self.reason_not_ready = "no release has been loaded yet"
+        self._refusal = "" if config.remote_store else "no release has been loaded yet"
         self.on_change: list[Callable[[ServingRelease], Awaitable[None]]] = []
         self.loader = ReleaseLoader(config, self.store, cache, metrics, redis, graphs or {})
         self._warmer = CacheWarmer(cache, metrics, config.prewarm_queries, self.loader.executor)
@@ -82,6 +83,11 @@ class LiveReleases:
         self._retiring: set[asyncio.Task[None]] = set()
         self._work_of_retired = EncoderWork()  # counters never go down
         metrics.add_source(self._measurements)
+
+    @property
+    def reason_not_ready(self) -> str:
+        """Why there is no active release, as of now."""
+        return self._refusal or nothing_active(self.config)
 
     # ---- asking ----------------------------------------------------------------------------------
 
@@ -276,10 +282,7 @@ class LiveReleases:
             try:
                 release_id = self.store.current()
                 if release_id is None:
-                    self.reason_not_ready = (
-                        "no release is active in the store. Publish one with `omni rebuild`, or"
-                        " `omni release activate RELEASE_ID`"
-                    )
+                    self._refusal = ""
                     if self.active is None:
                         log.warning("not ready: %s", self.reason_not_ready)
                 elif self.active is None or self.active.release_id != release_id:
@@ -287,7 +290,7 @@ class LiveReleases:
                         await self._swap(serving)
             except OmniError as error:
                 self._current.mark_refused()
-                self.reason_not_ready = str(error)
+                self._refusal = str(error)
                 served = self.active.release_id if self.active else "nothing"
                 log.error("still serving %s: %s", served, error)
             except BaseException:  # no file descriptors, say: the next poll tries again
@@ -299,6 +302,7 @@ class LiveReleases:
         rows: list[tuple[str, Labels, float]] = [
             ("omni_ready", (), float(active is not None)),
             ("omni_release_load_seconds", (), self.loader.seconds),
+            *remote_measurements(self.config),
         ]
         if active is None:
             return rows

@@ -45,6 +45,7 @@ from retrieval.errors import (
 )
 from retrieval.releases.current_file import CurrentFile
 from retrieval.releases.manager import previous_release
+from retrieval.releases.remote_status import nothing_active
 from retrieval.server.backoff import Backoff
 from retrieval.server.fleet import ChangeRequest, Fleet, Worker
 from retrieval.server.grpc_server import require_free_ports
@@ -93,7 +94,7 @@ class Supervisor:
         self.fleet = Fleet(self._run_worker)
         self.graphs = ReleaseGraphs(self.store, config)
         self.release_id = ""
-        self.reason_not_ready = "no release is active in the store. Publish one with `omni rebuild`"
+        self.reason_not_ready = nothing_active(config)
         self._current = CurrentFile(self.store)
         self._backoff = Backoff(RESTART_SECONDS, MAX_RESTART_SECONDS)
         self._folder = Path(tempfile.mkdtemp(prefix="omni-serve-"))

@@ -135,6 +135,11 @@ class AdminService:
                 "this server takes no live writes (--read-only). Write to another one, or use `omni"
                 " update`."
             )
+        if self.config.remote_store is not None:
+            raise WritesDisabled(
+                f"this server serves the releases of {self.config.remote_store} and has no live log"
+                " of theirs. Write where they are built."
+            )
         return serving
 
     async def _write(

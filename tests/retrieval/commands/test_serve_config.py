@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_print_config_shows_every_setting_and_is_read_again(tmp_path: Path) -> None:
     content = printed("--store", "store", "--max-k", "77", "--redis-secret", "hidden")
-    unset = {"probe_port", "redis_url", "impression_log", "otlp_endpoint"}
+    unset = {"probe_port", "remote_store", "redis_url", "impression_log", "otlp_endpoint"}
     unset |= {"tls_cert", "tls_key", "tls_client_ca", "tokens", "redis_secret"}
     assert set(content) | unset >= {field.name for field in fields(ServeConfig)}
     assert set(content["limits"]) == {field.name for field in fields(Limits)}
@@ -103,3 +103,35 @@ def test_file_with_a_mistake_is_refused_by_name(tmp_path: Path, line: str, words
 def test_server_without_a_store_is_refused() -> None:
     result = run("--print-config")
     assert result.exit_code == 2 and "--store" in result.output
+
+
+def test_store_url_becomes_the_remote_store_and_a_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = printed("--store", "s3://bucket/shop/")
+    assert found["remote_store"] == "s3://bucket/shop"
+    assert Path(found["releases"]).is_relative_to(tmp_path)
+    assert printed("--store", "s3://bucket/shop")["releases"] == found["releases"]
+    assert printed("--store", "s3://bucket/toys")["releases"] != found["releases"]
+    named = printed("--store", "s3://bucket/shop", "--store-cache", "here")
+    assert (named["releases"], named["remote_store"]) == ("here", "s3://bucket/shop")
+    assert printed(OMNI_STORE="gs://bucket/x")["remote_store"] == "gs://bucket/x"
+
+
+def test_store_url_in_a_file_is_followed_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text('releases = "s3://bucket/shop"\n')
+    assert printed("--config", str(path))["remote_store"] == "s3://bucket/shop"
+    found = printed("--config", str(path), "--store-cache", "here")
+    assert (found["releases"], found["remote_store"]) == ("here", "s3://bucket/shop")
+    path.write_text('releases = "cache"\nremote_store = "s3://bucket/shop"\n')
+    found = printed("--config", str(path))
+    assert (found["releases"], found["remote_store"]) == ("cache", "s3://bucket/shop")
+    found = printed("--config", str(path), "--store", "folder")
+    assert (found["releases"], found.get("remote_store")) == ("folder", None)
+
+
+def test_store_cache_without_a_url_is_refused() -> None:
+    result = run("--store", "folder", "--store-cache", "here", "--print-config")
+    assert result.exit_code == 2 and "expected a URL" in result.output

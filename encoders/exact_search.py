@@ -101,11 +101,12 @@ def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
     import torch
 
     width = min(k, scores.shape[1])
-    values, columns = torch.topk(scores, width, dim=1)
+    values, columns = torch.topk(scores, min(width + 1, scores.shape[1]), dim=1)
     if width < scores.shape[1]:
         # topk may pick any of several columns that tie for the last place: only then is the row
         # sorted in full.
-        tied = torch.nonzero((scores >= values[:, -1:]).sum(dim=1) > width).flatten()
+        tied = torch.nonzero(values[:, width] == values[:, width - 1]).flatten()
+        values, columns = values[:, :width].contiguous(), columns[:, :width].contiguous()
         for row in tied.tolist():
             order = torch.sort(scores[row], descending=True, stable=True).indices[:width]
             columns[row], values[row] = order, scores[row, order]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from index_builder.building.carry_over import carry_entity, reusable_index
+from index_builder.building.carry_over import Reusable, carry_entity, reusable_index
 from index_builder.building.entity_build import BuiltEntity, EntityBuild, build_or_resume
 from index_builder.building.fusion_build import add_fusion, remove_fusion
 from index_builder.building.inputs import EntityInput, QuerySet, fingerprint
@@ -141,7 +141,7 @@ class _Build:
         carried = carried_types(self.inputs, self.bundle, store, self.parent)
         assert not set(self.inputs) & set(carried), "an entity type is either built or carried"
         reuse = {entity_type: self._earlier(entity_type) for entity_type in self.inputs}
-        staging = self._staging(of_parent=bool(carried) or any(reuse.values()))
+        staging = self._staging(of_parent=bool(carried) or any(r.folder for r in reuse.values()))
         self._check_disk(staging)
         content = staging / "content"
         content.mkdir(exist_ok=True)
@@ -216,14 +216,18 @@ class _Build:
                 " choose another --store."
             )
 
-    def _earlier(self, entity_type: str) -> Path | None:
-        """Return the folder of the active release's index of a type, if its graph may be reused."""
-        if self.parent is None or not self.config.incremental or self.config.deterministic:
-            return None
+    def _earlier(self, entity_type: str) -> Reusable:
+        """Return the active release's index of a type, if its graph may be reused; else why not."""
+        if not self.config.incremental:
+            return Reusable(None, "a full build was asked for")
+        if self.config.deterministic:
+            return Reusable(None, "a deterministic build rests on its input alone")
+        if self.parent is None:
+            return Reusable(None, "no release is active")
         folder = self.store.path_of(self.parent)
         manifest = read_manifest(folder)
         if manifest.space_id != self.bundle.space_id:
-            return None
+            return Reusable(None, "the vectors are of another space")
         return reusable_index(entity_type, folder, manifest)
 
     def _staging(self, of_parent: bool) -> Path:
@@ -258,7 +262,7 @@ class _Build:
     def _queries_for(self, entity_type: str) -> QuerySet | None:
         return self.queries.get(entity_type, self.queries.get("*"))
 
-    def _entity_build(self, entity_type: str, staging: Path, reuse: Path | None) -> EntityBuild:
+    def _entity_build(self, entity_type: str, staging: Path, reuse: Reusable) -> EntityBuild:
         return EntityBuild(
             entity_type=entity_type,
             entities=self.inputs[entity_type],

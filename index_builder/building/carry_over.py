@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from index_builder.errors import ReleaseCorrupt
 from index_builder.releases.manifest import EntityManifest, Manifest
@@ -19,6 +20,14 @@ log = logging.getLogger(__name__)
 
 _REUSABLE = ("int8-graph", "symqg")
 """Kinds whose links are read from a release."""
+
+
+class Reusable(NamedTuple):
+    """An earlier index whose graph may be carried over, or why there is none."""
+
+    folder: Path | None
+    why_not: str = ""
+    """A clause for reports; empty where there is a folder."""
 
 
 def link_files(names: Iterable[str], source: Path, target: Path) -> None:
@@ -65,10 +74,11 @@ def carried_from(entity: EntityManifest, parent: str) -> EntityManifest:
     return replace(entity, carried_from=entity.carried_from or parent)
 
 
-def reusable_index(entity_type: str, folder: Path, manifest: Manifest) -> Path | None:
+def reusable_index(entity_type: str, folder: Path, manifest: Manifest) -> Reusable:
     """Return the folder of a release's index whose graph may be carried over.
 
-    None where the release has no such graph, or where its vectors, codes or links are damaged.
+    None where the release has no such graph, or where its vectors, codes or links are damaged; with
+    the reason.
 
     Args:
         entity_type: Which.
@@ -76,17 +86,20 @@ def reusable_index(entity_type: str, folder: Path, manifest: Manifest) -> Path |
         manifest: Of the release.
     """
     entity = manifest.entities.get(entity_type)
-    if entity is None or entity.index.get("kind") not in _REUSABLE:
-        return None
+    if entity is None:
+        return Reusable(None, f"{manifest.release_id} holds no {entity_type} index")
+    kind = entity.index.get("kind")
+    if kind not in _REUSABLE:
+        return Reusable(None, f"links of kind {kind} are not read from a release")
     parts = (f"{entity_type}/index.", f"{entity_type}/vectors.")
     expected = {
         name: file.sha256 for name, file in manifest.files.items() if name.startswith(parts)
     }
     try:
         if hash_files({name: folder / name for name in expected}) == expected:
-            return folder / entity_type
+            return Reusable(folder / entity_type)
         damage = "its files differ from their manifest"
     except OSError as error:
         damage = str(error)
     log.warning(f"{manifest.release_id}/{entity_type}: {damage}; its graph is not carried over")
-    return None
+    return Reusable(None, f"{manifest.release_id} is damaged: {damage}")

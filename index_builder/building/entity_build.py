@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from index_builder.building.carry_over import Reusable
 from index_builder.building.inputs import (
     EntityInput,
     QuerySet,
@@ -62,7 +63,7 @@ class EntityBuild:
         bundle: Model bundle that made the vectors.
         config: How to build.
         staging: Folder of the build; the index goes to ``content/<entity type>``.
-        reuse: Folder of an earlier index whose graph may be carried over, or None.
+        reuse: An earlier index whose graph may be carried over, or why there is none.
     """
 
     entity_type: str
@@ -72,7 +73,7 @@ class EntityBuild:
     bundle: Bundle
     config: RebuildConfig
     staging: Path
-    reuse: Path | None = None
+    reuse: Reusable
 
     @property
     def folder(self) -> Path:
@@ -206,9 +207,9 @@ def _build_index(
         GateFailed: Its recall misses the target.
     """
     kind = fit_memory(build.entity_type, len(entities.ids), build.bundle.dimension, build.config)
-    config = replace(kind, ann=replace(kind.ann, scratch=build.staging), reuse=build.reuse)
+    config = replace(kind, ann=replace(kind.ann, scratch=build.staging), reuse=build.reuse.folder)
     lexical = entities.lexical()
-    why = "not wanted, or no graph to carry over" if build.reuse is None else "the index is exact"
+    why = build.reuse.why_not or "the index is exact"
     while True:
         index = EntityIndex.build(
             build.entity_type,

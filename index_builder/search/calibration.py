@@ -25,6 +25,14 @@ DEEP_QUERIES = 500
 EF_GRID = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560)
 STOP_RECALL = 0.9995
 """Lower bound of the recall at which larger settings are no longer tried."""
+_CHECKED = 8
+"""Beyond the highest target, one in so many queries that were answered in full is searched again.
+
+A walk of larger ef goes on where one of smaller ef ends, so it hardly ever loses an answer. What it
+may lose is counted, and the lower bound is that much lower.
+"""
+_FALL = 0.2
+"""Share of its answers that such a query loses, if it does."""
 TIE = 1e-6
 """Inner products closer than this are ties: either entity is a right answer."""
 _EXACT_RUNS = 20
@@ -290,7 +298,8 @@ def calibrate(
         vectors: float32 ``(N, D)``, what the rows are rows of.
         queries: float32 ``(Q, D)``; not those whose recall is reported elsewhere.
         source: ``real queries`` or ``perturbed entities``.
-        ef_grid: Settings tried, ascending, until recall passes 0.9995.
+        ef_grid: Settings tried, ascending, until the lower bound of the recall passes 0.9995 or
+            every query is answered in full.
 
     Raises:
         ConfigError: There are no queries.
@@ -301,15 +310,15 @@ def calibrate(
             " perturbed entities stand in."
         )
     k = min(K, len(vectors))
-    _, scores = exact_top_k(queries, vectors, k)
+    deep_k = DEEP_K if len(vectors) > 2 * DEEP_K > 2 * k else 0
+    deep_queries = queries[:DEEP_QUERIES] if deep_k else queries[:0]
+    _, deep_scores = exact_top_k(deep_queries, vectors, max(deep_k, k))
+    _, scores = exact_top_k(queries[len(deep_queries) :], vectors, k)
+    scores = np.concatenate([deep_scores[:, :k], scores])
     exact_latency = _exact_latency_us(vectors, queries)
     points = _curve(search, vectors, queries, scores, ef_grid)
-    deep_k = 0
     deep_points: tuple[CurvePoint, ...] = ()
-    if len(vectors) > 2 * DEEP_K > 2 * k:
-        deep_k = DEEP_K
-        deep_queries = queries[:DEEP_QUERIES]
-        _, deep_scores = exact_top_k(deep_queries, vectors, DEEP_K)
+    if deep_k:
         deep_grid = [ef for ef in ef_grid if ef >= DEEP_K]
         deep_points = _curve(search, vectors, deep_queries, deep_scores, deep_grid)
     return Calibration(len(queries), source, k, points, deep_k, deep_points, exact_latency)
@@ -331,29 +340,71 @@ def _curve(
     scores: np.ndarray,
     ef_grid: Sequence[int],
 ) -> tuple[CurvePoint, ...]:
-    """Measure each ef that is at least k; ``scores`` float32 ``(Q, k)`` of the exact top k."""
+    """Measure each ef that is at least k; ``scores`` float32 ``(Q, k)`` of the exact top k.
+
+    All queries are searched up to the ef that reaches the highest target; beyond it those that lack
+    an answer, and some of the others to see whether they keep theirs: all, should one not.
+    """
     k = scores.shape[1]
-    points = []
-    for ef in [ef for ef in ef_grid if ef >= k] or [k]:
+    kept = _KeptAnswers(len(queries))
+    points: list[CurvePoint] = []
+
+    def run(rows: np.ndarray, ef: int) -> np.ndarray:
         found: list[np.ndarray] = []
-        times = np.empty(len(queries))
-        for i in range(len(queries)):
+        times = np.empty(len(rows))
+        for at, i in enumerate(rows.tolist()):
             start = time.perf_counter_ns()
             found.append(search(queries[i : i + 1], k, ef))
-            times[i] = time.perf_counter_ns() - start
-        recalls = recall_per_query(found, queries, vectors, scores)
+            times[at] = time.perf_counter_ns() - start
+        kept.update(rows, recall_per_query(found, queries[rows], vectors, scores[rows]))
+        return times
+
+    every = np.arange(len(queries))
+    for number, ef in enumerate([ef for ef in ef_grid if ef >= k] or [k]):
+        checked = every[(every + number) % _CHECKED == 0]
+        if points and points[-1].low >= TARGETS[-1] and len(checked):
+            lacking = np.setdiff1d(every[kept.recalls < 1.0], checked)
+            fallen = kept.fallen
+            times = run(checked, ef)
+            run(lacking, ef)
+            unsearched = np.setdiff1d(every, [*checked, *lacking])
+            if kept.fallen > fallen:
+                run(unsearched, ef)
+                unsearched = every[:0]
+        else:
+            times, unsearched = run(every, ef), every[:0]
         median, p95 = (round(float(t) / 1000, 1) for t in np.percentile(times, (50, 95)))
-        points.append(_point(ef, recalls, median, p95))
-        if points[-1].low >= STOP_RECALL:
+        mean, low, high = mean_interval(kept.recalls)
+        low = max(0.0, low - kept.loss(len(unsearched)))
+        points.append(CurvePoint(ef, round(mean, 5), round(low, 5), round(high, 5), median, p95))
+        if points[-1].low >= STOP_RECALL or kept.recalls.min() == 1.0:  # nothing is left to find
             break
     return tuple(points)
 
 
-def _point(
-    ef: int, recalls: np.ndarray, latency_us: float, latency_p95_us: float | None = None
-) -> CurvePoint:
-    mean, low, high = (round(value, 5) for value in mean_interval(recalls))
-    return CurvePoint(ef, mean, low, high, latency_us, latency_p95_us)
+class _KeptAnswers:
+    """Recall of each query from ef to ef, and how often one answered in full falls back."""
+
+    def __init__(self, queries: int) -> None:
+        self.recalls = np.zeros(queries)
+        self.fallen = 0
+        self._again = 0
+
+    def update(self, rows: np.ndarray, recalls: np.ndarray) -> None:
+        """Take what the next ef reached for some queries."""
+        full = self.recalls[rows] == 1.0
+        self._again += int(np.count_nonzero(full))
+        self.fallen += int(np.count_nonzero(full & (recalls < 1.0)))
+        self.recalls[rows] = recalls
+
+    def loss(self, unsearched: int) -> float:
+        """Return how much of the mean recall queries that were not searched again lose at most.
+
+        The upper 95% bound of a Poisson count (three where none fell), over all that were.
+        """
+        most = self.fallen + 1.645 * self.fallen**0.5 + 3
+        share = unsearched / max(1, len(self.recalls))
+        return share * _FALL * min(1.0, most / max(1, self._again))
 
 
 def latency_at_recall(

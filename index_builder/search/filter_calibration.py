@@ -9,6 +9,7 @@ hardly ever harder than what its estimate rests on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,14 +28,16 @@ HIDDEN_SHARES = (0.8,)
 """Share of rows that live deletes and updates leave; more may be left, not fewer."""
 FILTER_QUERIES = 400
 """Queries of each family: enough for a lower bound of 0.99."""
-_PILOT_QUERIES = 24
-"""Queries that find which settings are worth measuring."""
+_PILOT_CASES = 24 * len(FAMILIES)
+"""Cases that find which settings are worth measuring."""
 _PILOT_RANGE = (0.85, 0.995)
 """Mean recalls between which a setting is worth measuring."""
 _FEWEST_ANSWERS = 20
 _FEWEST_ROWS = 10 * K
 _CHUNK = 16
 _SAMPLE = 2_000
+_HIGH = 0.99
+"""Quantile of a sample above which the best are looked for."""
 
 MaskedSearch = Callable[[np.ndarray, int, int, np.ndarray], np.ndarray | None]
 """``(query (1, D), k, setting, mask (N,)) -> inner products``, best first.
@@ -86,7 +89,8 @@ def calibrate_filters(
         shares: Selectivities, which take turns from query to query.
         grid: Settings tried, ascending.
     """
-    pilot = list(_cases(corpus, queries[:_PILOT_QUERIES], shares))
+    cases = _cases(corpus, queries[:FILTER_QUERIES], shares)
+    pilot = list(islice(cases, _PILOT_CASES))
     useful: list[int] = []
     for setting in grid:
         point = _worst(search, pilot, [setting])
@@ -95,7 +99,7 @@ def calibrate_filters(
         useful.append(setting)
         if point and point[0].recall >= _PILOT_RANGE[1]:
             break
-    return _worst(search, _cases(corpus, queries[:FILTER_QUERIES], shares), useful)
+    return _worst(search, chain(pilot, cases), useful)
 
 
 def _worst(
@@ -154,8 +158,7 @@ def _cases(corpus: Corpus, queries: np.ndarray, shares: Sequence[float]) -> Iter
                 mask = _mask(family, share, scores, elsewhere, rng)
                 visible = scores[mask]
                 if len(visible) >= _FEWEST_ROWS:
-                    kth = float(np.partition(visible, len(visible) - K)[len(visible) - K])
-                    yield _Case(query[None], mask, kth, (family, share))
+                    yield _Case(query[None], mask, _kth_best(visible), (family, share))
 
 
 def _mask(
@@ -178,4 +181,15 @@ def _mask(
 
 
 def _quantile(values: np.ndarray, share: float) -> float:
-    return float(np.quantile(values[:: max(1, len(values) // _SAMPLE)], share))
+    """Return about the value that ``share`` of the values are below, from a sample of them."""
+    sample = values[:: max(1, len(values) // _SAMPLE)]
+    place = min(int(share * len(sample)), len(sample) - 1)
+    return float(np.partition(sample, place)[place])
+
+
+def _kth_best(values: np.ndarray) -> float:
+    """Return the k-th highest of at least k values, exactly."""
+    high = values[values >= _quantile(values, _HIGH)]
+    if len(high) < K:
+        high = values
+    return float(np.partition(high, len(high) - K)[len(high) - K])

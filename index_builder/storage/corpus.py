@@ -226,5 +226,5 @@ def _hashes(vectors: np.ndarray) -> np.ndarray:
     keys = np.empty(len(vectors), dtype=np.uint64)
     for start in range(0, len(vectors), _BLOCK):
         bits = (vectors[start : start + _BLOCK] + np.float32(0)).view(np.uint32)
-        keys[start : start + _BLOCK] = (bits.astype(np.uint64) * weights).sum(axis=1)
+        keys[start : start + _BLOCK] = bits.astype(np.uint64) @ weights
     return keys

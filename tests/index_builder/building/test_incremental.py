@@ -58,7 +58,7 @@ def test_rebuild_after_few_changes_carries_the_graph_over(
 ) -> None:
     assert built(bundle, store, pins()) == {
         "used": False,
-        "why": "not wanted, or no graph to carry over",
+        "why": "no release is active",
     }
     with caplog.at_level(logging.INFO):
         second = built(bundle, store, pins(changed=30, gone=20))
@@ -87,8 +87,8 @@ def test_rebuild_adds_up_changes_until_a_full_build(bundle: Path, store: Release
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"incremental": False}, "not wanted, or no graph to carry over"),
-        ({"deterministic": True}, "not wanted, or no graph to carry over"),
+        ({"incremental": False}, "a full build was asked for"),
+        ({"deterministic": True}, "a deterministic build rests on its input alone"),
         ({"kind": "hnsw"}, "the kind is hnsw and was int8-graph"),
         ({"kind": "exact"}, "exact"),
     ],
@@ -104,7 +104,8 @@ def test_rebuild_of_other_settings_builds_in_full(
 def test_rebuild_of_another_space_builds_in_full(tmp_path: Path, store: ReleaseStore) -> None:
     built(make_bundle(tmp_path / "one"), store, pins())
     other = make_bundle(tmp_path / "two", "0b" * 32)
-    assert not built(other, store, replace(pins(), space_id="0b" * 32))["used"]
+    second = built(other, store, replace(pins(), space_id="0b" * 32))
+    assert second == {"used": False, "why": "the vectors are of another space"}
     assert SPACE != "0b" * 32
 
 
@@ -117,7 +118,8 @@ def test_rebuild_over_damaged_release_builds_in_full(
     content[-1] ^= 1
     path.chmod(0o644)
     path.write_bytes(content)
-    assert not built(bundle, store, pins(changed=10))["used"]
+    second = built(bundle, store, pins(changed=10))
+    assert not second["used"] and "files differ from their manifest" in second["why"]
     assert "differ from their manifest; its graph is not carried over" in caplog.text
 
 
@@ -153,3 +155,18 @@ def test_rebuild_by_auto_carries_links_of_symqg_over(bundle: Path, store: Releas
         index = release.entity("pin")
         assert index.kind == "int8-graph"
         assert np.mean([index.search(changed[i], 1).ids == [f"pin-{i}"] for i in range(60)]) > 0.9
+
+
+def test_rebuild_over_kind_without_links_says_which_kind(bundle: Path, store: ReleaseStore) -> None:
+    built(bundle, store, pins(), "hnsw")
+    second = built(bundle, store, pins(changed=10))
+    assert second["why"] == "links of kind hnsw are not read from a release"
+
+
+def test_rebuild_of_type_new_to_the_release_says_so(bundle: Path, store: ReleaseStore) -> None:
+    first = build_release({"pin": pins()}, bundle, store, quick("int8-graph"))
+    products = make_input("product", 300)
+    second = build_release({"product": products}, bundle, store, quick("int8-graph"))
+    measured = read_manifest(store.path_of(second)).measured["entities"]["product"]
+    why = f"{first} holds no product index"
+    assert measured["incremental"] == {"used": False, "why": why}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders.errors import ConfigError
+from encoders.exact_search import exact_top_k
 from index_builder.ann import AnnConfig, build_index
 from index_builder.errors import GateFailed
 from index_builder.search.calibration import (
@@ -109,3 +110,81 @@ def test_calibrate_real_index_gives_rising_curve() -> None:
         calibrate(
             lambda q, k, ef: index.search(q, k, ef)[0], vectors, queries[:0], source="real queries"
         )
+
+
+def test_calibrate_stops_where_every_query_is_answered_in_full() -> None:
+    vectors, queries = text_vectors(400)[:300], text_vectors(400)[300:]
+    tried = []
+
+    def search(query: np.ndarray, k: int, ef: int) -> np.ndarray:
+        tried.append(ef)
+        return exact_top_k(query, vectors, k if ef >= 20 else k - 1)[0][0]
+
+    result = calibrate(search, vectors, queries, source="real queries", ef_grid=(10, 20, 40, 1280))
+    assert [p.recall for p in result.points] == [0.9, 1.0]
+    assert result.points[-1].low < 1.0
+    assert result.deep_k == 100 and [p.ef for p in result.deep_points] == [1280]
+    assert set(tried) == {10, 20, 1280}
+
+
+GRID = (10, 20, 40, 80, 160, 320, 640)
+
+
+def _curves(
+    monkeypatch: pytest.MonkeyPatch, wrong_until: np.ndarray, fallen: np.ndarray
+) -> tuple[Calibration, Calibration, dict[int, int]]:
+    """Calibrate a search that lacks one answer at some ef; once as it is, once with all queries.
+
+    Args:
+        monkeypatch: Of the test.
+        wrong_until: int ``(Q,)``, ef below which a query lacks an answer.
+        fallen: bool ``(Q,)``, queries that lack one at ef 160.
+
+    Returns:
+        Both, and how many searches the first made at each ef of depth 10.
+    """
+    rng = np.random.default_rng(0)
+    vectors, queries = (rng.normal(size=(n, 8)).astype(np.float32) for n in (60, len(fallen)))
+    number = {query.tobytes(): i for i, query in enumerate(queries)}
+    searched = dict.fromkeys(GRID, 0)
+
+    def search(query: np.ndarray, k: int, ef: int) -> np.ndarray:
+        searched[ef] += 1
+        i = number[query.tobytes()]
+        lacks = ef < wrong_until[i] or (ef == 160 and fallen[i])
+        return np.argsort(-(vectors @ query[0]))[int(lacks) : k]
+
+    result = calibrate(search, vectors, queries, source="real queries", ef_grid=GRID)
+    counts = dict(searched)
+    monkeypatch.setattr("index_builder.search.calibration._CHECKED", 1)
+    return result, calibrate(search, vectors, queries, source="real queries", ef_grid=GRID), counts
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_calibrate_beyond_targets_searches_few_and_finds_what_all_queries_show(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    shares = [0.5, 0.3, 0.16, 0.03, 0.008, 0.002]
+    wrong_until = np.random.default_rng(seed).choice(GRID[:6], 2_000, p=shares)
+    result, of_all, searched = _curves(monkeypatch, wrong_until, np.zeros(2_000, bool))
+    assert [p.ef for p in result.points] == [p.ef for p in of_all.points]
+    for before, point, other in zip(result.points, result.points[1:], of_all.points[1:]):
+        assert (point.recall, point.high) == (other.recall, other.high)
+        assert other.low - 2e-4 < point.low <= other.low
+        if before.low >= 0.99:
+            assert searched[point.ef] < 400 and point.low < other.low
+        else:
+            assert searched[point.ef] == 2_000 and point.low == other.low
+    assert result.points[-1].ef > 80
+
+
+def test_calibrate_searches_all_queries_where_one_loses_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fallen = np.arange(2_000) % 50 == 0
+    wrong_until = np.where(np.arange(2_000) % 100 == 7, 640, 10)
+    result, of_all, searched = _curves(monkeypatch, wrong_until, fallen)
+    assert searched[160] == 2_000 and searched[20] < 400 and searched[80] < 400
+    assert [p.recall for p in result.points] == [p.recall for p in of_all.points]
+    at_160 = next(p for p in result.points if p.ef == 160)
+    assert at_160.recall == pytest.approx(1 - 60 / 20_000, abs=1e-5)

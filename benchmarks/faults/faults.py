@@ -16,45 +16,59 @@ from typing import Any
 import click
 
 from benchmarks.faults.kills import kill_nine
+from benchmarks.faults.mixed import mixed
 from benchmarks.faults.overload import overload, split_cores
-from benchmarks.faults.servers import COUNTS, ServerProcess, prepare_store
+from benchmarks.faults.servers import COUNTS, DIMENSION, ServerProcess, prepare_store
 from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
 from benchmarks.faults.swaps import swaps_under_load
 from benchmarks.record import Measurement, out_option, write_record
-from benchmarks.small_releases import small_release, write_small_bundle
+from benchmarks.small_releases import entity_texts, small_release, write_small_bundle
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
+from encoders.inference.onnx_forms import FEWEST_TEXTS, export_forms
+from encoders.towers.query_tower import QueryEncoder
 from index_builder.releases.store import ReleaseStore
 
-PARTS = ("swaps", "worker-swaps", "overload", "kills", "redis", "disk", "clock", "shadow")
+PARTS = ("swaps", "worker-swaps", "overload", "mixed", "kills", "redis", "disk", "clock", "shadow")
 SHADOW_ENTITIES = 20_000
+
+
+def _overload(root: Path, seconds: float) -> dict[str, Any]:
+    server_cores, client_cores = split_cores()
+    # The small cache is soon full: what grows then is a leak
+    limits = ("--max-encode-queue", "64", "--max-in-flight", "96", "--cache-mib", "4")
+    tower = write_small_bundle(root / "h", 3, layers=6, width=256)
+    server = _heavy_server(root, tower, *limits, cores=server_cores)
+    try:
+        return overload(server, seconds, 2.0, client_cores)
+    finally:
+        server.stop()
+
+
+def _mixed(root: Path, seconds: float) -> dict[str, Any]:
+    server_cores, client_cores = split_cores()
+    tower = write_small_bundle(root / "h", 3, DIMENSION, layers=6, width=256)
+    texts = entity_texts(FEWEST_TEXTS, seed=13)
+    export_forms(tower, root / "h" / "forms", texts, ("onnx-int8",))
+    server = _heavy_server(root, tower, cores=server_cores)
+    try:
+        return mixed(server, seconds, client_cores)
+    finally:
+        server.stop()
+
+
+def _heavy_server(root: Path, tower: QueryEncoder, *flags: str, cores: set[int]) -> ServerProcess:
+    """Serve a release whose tower is as deep as the paper's, so that encoding is the limit."""
+    store = ReleaseStore(root / "heavy")
+    small_release(store, root / "h", tower, release_id="h1", counts=COUNTS)
+    return ServerProcess(store.root, "--shadow-fraction", "0", *flags, cores=cores)
 
 
 def run_part(part: str, root: Path, settings: dict[str, Any]) -> Any:
     """Run one part in a fresh folder; returns its figures."""
     if part == "overload":
-        heavy = ReleaseStore(root / "heavy")
-        tower = write_small_bundle(
-            root / "h", 3, layers=6, width=256
-        )  # as deep as the paper's, so that encoding is the limit
-        small_release(heavy, root / "h", tower, release_id="h1", counts=COUNTS)
-        server_cores, client_cores = split_cores()
-        flags = (
-            "--shadow-fraction",
-            "0",
-            "--max-encode-queue",
-            "64",
-            "--max-in-flight",
-            "96",
-            "--cache-mib",
-            "4",
-        )
-        server = ServerProcess(
-            heavy.root, *flags, cores=server_cores
-        )  # the small cache is soon full: what grows then is a leak
-        try:
-            return overload(server, settings["overload_seconds"], 2.0, client_cores)
-        finally:
-            server.stop()
+        return _overload(root, settings["overload_seconds"])
+    if part == "mixed":
+        return _mixed(root, settings["mixed_seconds"])
     if part == "shadow":
         store = ReleaseStore(root / "shadow")
         tower = write_small_bundle(root / "s", 5)
@@ -129,6 +143,12 @@ def merged(earlier: dict[str, Any], part: str, found: Any) -> Any:
     "--overload-seconds", default=60.0, show_default=True, help="Length of the 4x overload."
 )
 @click.option(
+    "--mixed-seconds",
+    default=6.0,
+    show_default=True,
+    help="Length of each turn: the page calm, beside batches, and batches alone, six of each.",
+)
+@click.option(
     "--kills",
     default=200,
     show_default=True,
@@ -187,6 +207,11 @@ def command(parts: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -
                         "client process sends prepared HTTP/2 frames over 8 connections, open loop;"
                         " server and client pinned to cores of their own, peak (closed loop) and"
                         " flood measured under the same pinning; every query text is new"
+                    ),
+                    "mixed": (
+                        "one client process sends prepared HTTP/2 frames; the page in an open loop,"
+                        " half of its texts new, timed from sending; batches in a closed loop, new"
+                        " texts; calm, mixed and batches alone in turns, pinned as overload is"
                     ),
                     "clock": "perf_counter",
                 },

@@ -14,9 +14,12 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from google.protobuf.message import Message
 
 from benchmarks.faults.servers import ServerProcess, percentiles
 from benchmarks.serving.frames_load import FrameClient
@@ -24,7 +27,6 @@ from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
 from retrieval.http2 import frames
 
-RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 CONNECTIONS = 8
 CALLERS = (16, 48, 64)
 """Callers in flight when the peak is looked for; fewer than the server has places, so that none is
@@ -84,9 +86,11 @@ class Tally:
 class Asker(FrameClient):
     """One connection; every question is new to the server and carries a deadline."""
 
+    method = "/omnisearchsage.v1.Retrieval/Retrieve"
+
     def __init__(self, authority: str, deadline: float, texts: list[str], first: int) -> None:
         self._deadline = deadline
-        super().__init__(RETRIEVE, authority, [], first, 0)
+        super().__init__(self.method, authority, [], first, 0)
         self._texts = texts
         self._due: dict[int, float] = {}
         self.tally = Tally(deadline)
@@ -100,10 +104,17 @@ class Asker(FrameClient):
         ]
 
     def body(self, number: int) -> bytes:
-        """A question nobody has asked before."""
-        query = f"{self._texts[number % len(self._texts)]} {number}"
-        payload = pb.RetrieveRequest(query=query, entity_type="pin", k=10).SerializeToString()
+        """The message of one call, with its prefix."""
+        payload = self.request(number).SerializeToString()
         return b"".join((b"\x00", len(payload).to_bytes(4, "big"), payload))
+
+    def request(self, number: int) -> Message:
+        """One question."""
+        return pb.RetrieveRequest(query=self.query(number), entity_type="pin", k=10)
+
+    def query(self, number: int) -> str:
+        """A text nobody has asked before."""
+        return f"{self._texts[number % len(self._texts)]} {number}"
 
     def ask(self, due: float) -> None:
         """Write one question; ``flush`` sends it."""
@@ -138,8 +149,15 @@ class Asker(FrameClient):
             super()._control(kind, flags, stream, payload)
 
 
-async def _phase(
-    askers: list[Asker], deadline: float, seconds: float, *, callers: int = 0, rate: float = 0.0
+async def wait_for_answers(askers: Sequence[Asker], seconds: float) -> None:
+    """Wait until no call is in flight, so long at most."""
+    until = time.perf_counter() + seconds
+    while any(asker.waiting for asker in askers) and time.perf_counter() < until:
+        await asyncio.sleep(0.002)
+
+
+async def phase(
+    askers: Sequence[Asker], deadline: float, seconds: float, *, callers: int = 0, rate: float = 0.0
 ) -> Tally:
     """Send calls in a closed loop (``callers``) or an open loop (``rate``), then await the rest."""
     cpu, began = time.process_time(), time.perf_counter()
@@ -157,9 +175,7 @@ async def _phase(
             asker.flush()
         await asyncio.sleep(TICK_SECONDS if rate else 0.05)
     tally.cpu_seconds = time.process_time() - cpu
-    until = time.perf_counter() + deadline + 5.0
-    while any(asker.waiting for asker in askers) and time.perf_counter() < until:
-        await asyncio.sleep(0.002)
+    await wait_for_answers(askers, deadline + 5.0)
     return tally
 
 
@@ -179,18 +195,18 @@ def _client(address: str, seconds: float, deadline: float, cores: set[int], resu
             _, asker = await loop.create_connection(make_asker, host, int(port))
             await asyncio.wait_for(asker.greeted, 30)
             askers.append(asker)
-        await _phase(askers, deadline, 1.0, callers=16)  # the server learns how long a text takes
+        await phase(askers, deadline, 1.0, callers=16)  # the server learns how long a text takes
         peaks = {
-            callers: (await _phase(askers, deadline, PEAK_SECONDS, callers=callers)).summary()
+            callers: (await phase(askers, deadline, PEAK_SECONDS, callers=callers)).summary()
             for callers in CALLERS
         }
         best = max(peaks, key=lambda callers: float(peaks[callers]["good_per_s"]))
         peak = float(peaks[best]["good_per_s"])
         result.send("flood")
-        flood = await _phase(askers, deadline, seconds, rate=4 * peak)
+        flood = await phase(askers, deadline, seconds, rate=4 * peak)
         result.send("over")
-        after = await _phase(askers, deadline, RECOVERY_SECONDS, rate=0.5 * peak)
-        again = await _phase(askers, deadline, PEAK_SECONDS, callers=best)
+        after = await phase(askers, deadline, RECOVERY_SECONDS, rate=0.5 * peak)
+        again = await phase(askers, deadline, PEAK_SECONDS, callers=best)
         return {
             "peaks": peaks,
             "peak_per_s": peak,

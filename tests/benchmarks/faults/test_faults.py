@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import kills as fault_kills
+from benchmarks.faults import mixed as fault_mixed
 from benchmarks.faults import overload as fault_overload
 from benchmarks.faults.faults import merged
 from benchmarks.faults.reconnect import reconnect
@@ -161,6 +162,42 @@ def test_overload_is_refused_and_accepted_calls_are_in_time(
     assert found["overload"]["late"] == 0 and found["recovered"]["outcomes"]["OK"] > 0
     assert refused and refused[0] > 0, "refusals before admission are counted"
     assert len(found["rss_mib_during"]) >= 2 and found["cores"]["client"] == sorted(client_cores)
+
+
+@pytest.mark.slow
+def test_mixed_page_and_batches_are_all_answered(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fault_mixed, "PEAK_SECONDS", 1.0)
+    server_cores, client_cores = fault_overload.split_cores()
+    server = ServerProcess(prepared.store.root, "--shadow-fraction", "0", cores=server_cores)
+    try:
+        found = fault_mixed.mixed(server, 1.0, client_cores, turns=1)
+    finally:
+        server.stop()
+    assert found["failed"] == 0 and found["page_per_s"] > 0, found
+    for page in (found["page_calm"], found["page_mixed"]):
+        assert page["all"]["answers"] == page["new"]["answers"] + page["cached"]["answers"] > 0
+    assert found["batch_texts_per_s"]["mixed"] > 0 and found["batch_share_of_alone"] > 0
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_mixed_summary_compares_turns_of_the_page_and_of_batches(seconds: float) -> None:
+    def turn(page: float, batches: int) -> fault_mixed.Turn:
+        tallies = []
+        for latencies in ([page] * 10, [page / 10] * 10, [seconds] * batches):
+            tally = fault_overload.Tally(1.0, latencies=latencies, began=1.0, last=1.0 + seconds)
+            tallies.append(tally)
+        return fault_mixed.Turn(*tallies)
+
+    found = fault_mixed.summary(
+        [turn(0.01, 0)] * 2, [turn(0.015, 3), turn(0.015, 3)], [turn(0.0, 4)] * 2
+    )
+    assert found["p99_ratio"] == {"all": 1.5, "new": 1.5, "cached": 1.5}
+    assert found["p99_ratio_by_turn"] == [1.5, 1.5]
+    assert found["batch_share_of_alone"] == 0.75 and found["failed"] == 0
+    per_second = round(4 * fault_mixed.BATCH_TEXTS / seconds, 1)
+    assert found["batch_texts_per_s"]["alone"] == per_second
 
 
 @pytest.mark.slow

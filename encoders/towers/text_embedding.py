@@ -1,14 +1,15 @@
 """Embed an entity's texts and engaged queries by a frozen query tower, as an input feature.
 
 It stands where the paper has PinSage and ItemSage: a continuous feature made before training.
-Unlike those it costs a transformer pass per distinct text; vectors are cached per process, so a
-text that many entities share is embedded once.
+Unlike those it costs a transformer pass per distinct text; vectors are cached per process, and in
+the folder that ``OMNI_TEXT_VECTORS`` names, so training, evaluation and rebuild embed a text once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from encoders.text.normal_forms import normalize_query
 from encoders.towers.pretrained_models import create_query_encoder
 from encoders.towers.query_tower import QueryEncoder
 from encoders.towers.shipped_tower import SHIPPED_TOWERS, copy_packed, is_packed
+from encoders.vector_cache import TEXT_VECTORS, VectorCache
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ CACHED_TEXTS = 1_000_000
 Beyond that only the texts of the present call stay.
 """
 _ENGAGED = {"engaged_queries": pl.List(pl.String)}
-_PART = 4096
-"""Texts embedded between two checks of the time."""
+_PART = 1024
+"""Texts embedded between two checks of the time; what an interrupted run loses at most."""
 
 
 class TextEmbedding:
@@ -60,6 +62,7 @@ class TextEmbedding:
         self.encoder: QueryEncoder = create_query_encoder(tower, None).eval()
         self._cache: dict[str, npt.NDArray[np.float16]] = {}
         self._lock = threading.Lock()  # tokenizers are not safe under threads
+        self._kept = self._open_kept(tower)
 
     @property
     def dimension(self) -> int:
@@ -106,14 +109,27 @@ class TextEmbedding:
             fresh = [text for text in dict.fromkeys(texts) if text and text not in self._cache]
             if len(self._cache) + len(fresh) > CACHED_TEXTS:
                 self._cache = {text: self._cache[text] for text in set(texts) & self._cache.keys()}
+            if self._kept is not None:
+                known = self._kept.find(fresh)
+                self._cache.update(known)
+                fresh = [text for text in fresh if text not in known]
             progress = Progress(log, "embed texts with the frozen tower", len(fresh), unit="texts")
             for start in range(0, len(fresh), _PART):
                 part = fresh[start : start + _PART]
                 vectors = self.encoder.encode(part).astype(np.float16)
                 self._cache.update(zip(part, vectors, strict=True))
+                if self._kept is not None:
+                    self._kept.add(part, vectors)
                 progress.add(len(part))
             self._cache.setdefault("", np.zeros(self.dimension, np.float16))
             return np.stack([self._cache[text] for text in texts]).astype(np.float32)
+
+    def _open_kept(self, tower: str) -> VectorCache | None:
+        """Open the folder that the environment names, for these very files of a tower."""
+        folder, fingerprint = os.environ.get(TEXT_VECTORS, ""), tower_fingerprint(tower)
+        if not folder or not fingerprint:
+            return None
+        return VectorCache(Path(folder) / fingerprint[:16], self.dimension, CACHED_TEXTS)
 
 
 _EMBEDDINGS: dict[str, TextEmbedding] = {}

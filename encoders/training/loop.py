@@ -235,8 +235,7 @@ class Trainer:
         device = choose_device(config.device)
         if config.precision == "bf16" and not computes_bf16(device.type):
             self._log.say(
-                "note: this processor has no instructions for bf16 and would emulate them, many"
-                " times slower than fp32: training in fp32"
+                "training in fp32: this processor has no instructions for bf16"
             )
         return device
 

@@ -176,7 +176,7 @@ def command(
     refuse_unused([source for source, _ in files], reading)
     plan = Plan(out, flags["minutes"], flags["drop_bad_rows"])
     plan.claim()
-    steps = Steps(to_stderr=as_json)
+    steps = Steps(to_stderr=as_json, text_vectors=plan.out / "text_vectors")
     _convert(plan, steps, files)
     prepared = _pair(plan, steps, {source.table for source, _ in files})
     zero_shot = sum(prepared.train_pairs.values()) < FEWEST_PAIRS
@@ -188,7 +188,7 @@ def command(
         latency = _ask(server, plan, prepared)
         steps.end()
         summary = {
-            "commands": steps.commands,
+            "commands": steps.as_job(),
             "train_pairs": prepared.train_pairs,
             "zero_shot": zero_shot,
             "recall@10": closing.recalls(report),
@@ -370,7 +370,7 @@ def _show(summary: dict[str, Any], steps: Steps, *, as_json: bool) -> None:
         print_json(summary)
         return
     say("\nAs a job, these commands do the same again:")
-    for line in steps.commands:
+    for line in steps.as_job():
         say(f"  {line}")
     closing.show(summary)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from encoders.commands.console import fail, progress_is_shown, say
 from encoders.interruption import Terminated
 from encoders.progress import duration
+from encoders.vector_cache import TEXT_VECTORS
 from retrieval.start.recognition import as_shell
 
 STEPS = ("convert", "pair", "train", "evaluate", "build", "ask")
@@ -24,11 +28,18 @@ class Steps:
 
     to_stderr: bool
     """What the commands print goes to stderr: stdout is for the summary alone."""
+    text_vectors: Path
+    """Folder in which the commands keep vectors of texts, so that each text is embedded once."""
     commands: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """By step."""
     _begun: float = 0.0
     _step: str = ""
+
+    def as_job(self) -> list[str]:
+        """Return lines of a shell script that does the same again."""
+        kept = shlex.quote(str(self.text_vectors))
+        return [f"export {TEXT_VECTORS}={kept}", *self.commands]
 
     def begin(self, step: str, what: str) -> None:
         """Say which step begins, and which comes next."""
@@ -61,7 +72,9 @@ class Steps:
         quiet = [] if progress_is_shown() else ["--quiet"]
         stdout = subprocess.PIPE if captured else sys.stderr.fileno() if self.to_stderr else None
         process = subprocess.Popen(
-            [sys.executable, "-m", "retrieval", *words, *quiet], stdout=stdout
+            [sys.executable, "-m", "retrieval", *words, *quiet],
+            stdout=stdout,
+            env={**os.environ, TEXT_VECTORS: str(self.text_vectors)},
         )
         output = _heard_out(process)
         if process.returncode:

@@ -288,6 +288,8 @@ def test_start_zero_shot_fuses_own_entity_type_and_answers(
     assert summary["fusion"]["listing"]["on"]
     assert summary["entities"]["listing"] == 60
     assert summary["latency_ms"]["p50"] > 0
+    assert list((out / "text_vectors").rglob("*.npy"))
+    assert summary["commands"][0] == f"export OMNI_TEXT_VECTORS={out / 'text_vectors'}"
     metrics = json.loads((out / "zero_shot" / "model" / "metrics.json").read_text())
     assert (metrics["residual_weight/listing"], metrics["query_interpolation"]) == (0, 0)
     with ReleaseStore(out / "store").open_current() as release:

@@ -61,8 +61,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "server": "http2 encoding observability releases service web",
         "demo": "client",
         "start": "client demo",
-        "sizing": "",
-        "commands": "client observability server sizing",
+        "commands": "client observability server",
     },
     "benchmarks": {
         "index": "",

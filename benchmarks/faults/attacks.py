@@ -118,6 +118,7 @@ class Attack(NamedTuple):
         first: Settings of the connection.
         reads: Whether it reads what the server sends.
         connections: How many do it at the same time.
+        greets: Whether it begins with HTTP/2's preface and ``first``.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Attack(NamedTuple):
     first: bytes = settings({})
     reads: bool = True
     connections: int = 1
+    greets: bool = True
 
 
 def repeated(piece: bytes, opened: bytes = b"") -> Callable[[], Pieces]:
@@ -151,6 +153,21 @@ def opening(block: bytes, flags: int = END_HEADERS | END_STREAM) -> Callable[[in
     return lambda stream: frame(HEADERS, flags, stream, block)
 
 
+def split_opening(block: bytes) -> Callable[[int], bytes]:
+    """Make HEADERS and CONTINUATION with a block of more than one frame."""
+    parts = [block[at : at + FRAME_BYTES] for at in range(0, len(block), FRAME_BYTES)]
+    kinds = [HEADERS, *[CONTINUATION] * (len(parts) - 1)]
+
+    def opened(stream: int) -> bytes:
+        frames = []
+        for number, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
+            flags = END_HEADERS if number == len(parts) - 1 else 0
+            frames.append(frame(kind, flags | (END_STREAM if kind == HEADERS else 0), stream, part))
+        return b"".join(frames)
+
+    return opened
+
+
 def huffman_block(size: int, seed: int) -> bytes:
     """Encode one field of so many characters that take the decoder long."""
     rng = random.Random(seed)
@@ -169,6 +186,23 @@ def bomb(method: str, unit: bytes, *, compressed: bool, size: int) -> Callable[[
     body = message(content, compressed)
     return streams(
         lambda stream: frame(HEADERS, END_HEADERS, stream, block) + upload(stream, body), each=1
+    )
+
+
+def json_bomb(size: int) -> Callable[[], Pieces]:
+    """Make calls of the Connect protocol whose body is one empty list item over and over."""
+    content = gzip.compress(b'{"attributes": [' + b'"",' * (size // 3) + b'""]}', 9)
+    known = (
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", RETRIEVAL + "Retrieve"),
+        (":authority", "localhost"),
+        ("content-type", "application/json"),
+        ("content-encoding", "gzip"),
+    )
+    block = b"".join(literal(name.encode(), value.encode()) for name, value in known)
+    return streams(
+        lambda stream: frame(HEADERS, END_HEADERS, stream, block) + upload(stream, content), each=1
     )
 
 
@@ -200,6 +234,48 @@ def abandoned_batches() -> Pieces:
         yield call(stream, "RetrieveBatch", content)
         time.sleep(0.2)
         yield frame(RESET, 0, stream, struct.pack(">L", 8))
+
+
+def dear_batches() -> Pieces:
+    """Batches within all limits whose answers hold as much as they may."""
+    target = pb.Target(entity_type="pin", k=1000, attributes=["*"])
+    for stream in itertools.count(1, 2):
+        queries = [f"lamp {stream} {number}" for number in range(170)]
+        content = pb.RetrieveBatchRequest(queries=queries, target=target).SerializeToString()
+        yield call(stream, "RetrieveBatch", content)
+        time.sleep(0.2)
+
+
+def dear_searches(each: int = 20) -> Pieces:
+    """Single searches that nobody has asked before: exact, filtered by 60 KB, of long texts."""
+    for stream in itertools.count(1, 2 * each):
+        pieces = []
+        for at in range(stream, stream + 2 * each, 2):
+            values = ",".join(f"'{at} {number}'" for number in range(5000))
+            request = pb.RetrieveRequest(
+                query=f"lamp {at} " * 100, entity_type="pin", k=1000, exact=True
+            )
+            if at % 4 == 1:
+                request.filter = f"title in [{values}]"[:60_000].rpartition(",")[0] + "]"
+            pieces.append(call(at, "Retrieve", request.SerializeToString()))
+        yield b"".join(pieces)
+        time.sleep(0.05)
+
+
+def watches(stream: int) -> bytes:
+    """Make a call that lasts as long as its connection."""
+    path = "/grpc.health.v1.Health/Watch"
+    return frame(HEADERS, END_HEADERS, stream, fields(path)) + upload(stream, message(b""))
+
+
+def reflected() -> Pieces:
+    """Ask for the contract on one stream, over and over."""
+    path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    symbol = b"omnisearchsage.v1.Retrieval"
+    question = message(b"\x22" + bytes([len(symbol)]) + symbol)
+    yield frame(HEADERS, END_HEADERS, 1, fields(path))
+    while True:
+        yield frame(DATA, 0, 1, question * 100)
 
 
 def fresh_batches() -> Pieces:
@@ -245,16 +321,43 @@ def random_frames(seed: int) -> Pieces:
         yield b"".join(out)
 
 
+def random_bytes(seed: int) -> Pieces:
+    """One connection's bytes: noise, another protocol, or HTTP/2 that breaks off or lies."""
+    rng = random.Random(seed)
+    kind = rng.randrange(5)
+    if kind == 0:
+        yield rng.randbytes(rng.choice((1, 100, 5000)))
+    elif kind == 1:
+        yield b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * rng.choice((1, 100))
+    elif kind == 2:
+        yield b"\x16\x03\x01" + rng.randbytes(200)
+    elif kind == 3:
+        yield PREFACE[: rng.randrange(len(PREFACE))]
+    else:
+        size = rng.randrange(2**24).to_bytes(3, "big")
+        yield PREFACE + settings({}) + ONE + size + rng.randbytes(rng.choice((6, 50, 5000)))
+    yield b""
+
+
 def fuzzing(seed: int) -> Attack:
     """Return the fuzzer as an attack; every connection sends something else."""
     seeds = itertools.count(seed * 1_000_000)
     return Attack("random frames", lambda: random_frames(next(seeds)))
 
 
+def noise(seed: int) -> Attack:
+    """Return the fuzzer of connections as an attack; every one sends something else."""
+    seeds = itertools.count(seed * 1_000_000)
+    return Attack("random bytes", lambda: random_bytes(next(seeds)), connections=8, greets=False)
+
+
 def attacks(seed: int = 0) -> list[Attack]:
     """Return all attacks; ``seed`` is the fuzzer's."""
     huffman = [huffman_block(9_000, number) for number in range(8)]
     wide = settings({4: LARGEST}) + update(0, LARGEST - 65_535)
+    labels = pb.RetrieveRequest(
+        query="lamp", entity_type="pin", k=3, request_id="x" * 2**20
+    ).SerializeToString()
     return [
         Attack("none, for comparison", repeated(b"")),
         Attack("PING", repeated(frame(PING, 0, 0, bytes(8)) * 500)),
@@ -304,6 +407,7 @@ def attacks(seed: int = 0) -> list[Attack]:
         Attack(
             "15 KB of metadata", streams(opening(HEAD + literal(b"x", bytes(15_000)), 5), each=9)
         ),
+        Attack("40 KB of metadata", streams(split_opening(HEAD + literal(b"x", bytes(40_000))), 5)),
         Attack("malformed requests", streams(opening(HEAD + literal(b"X", b"y")))),
         Attack("requests that are no calls", streams(opening(fields("/nothing")))),
         Attack(
@@ -312,6 +416,9 @@ def attacks(seed: int = 0) -> list[Attack]:
         ),
         Attack("streams skipped", lambda: (opening(HEAD)(s) for s in itertools.count(1, 4))),
         Attack("a preface and no more", repeated(b""), connections=300),
+        Attack("not even a preface", repeated(b""), connections=300, greets=False),
+        Attack("headers without end", repeated(b"", frame(HEADERS, 0, 1, HEAD)), connections=300),
+        Attack("connections that close at once", lambda: iter(()), connections=8),
         *(
             Attack(f"{how} of {name}", bomb(method, unit, compressed=packed, size=size))
             for how, packed, size in (("gzip bomb", True, 16_000_000), ("bomb", False, 1_000_000))
@@ -321,7 +428,10 @@ def attacks(seed: int = 0) -> list[Attack]:
                 ("queries", "RetrieveBatch", b"\x0a\x00"),
                 ("attributes", "Retrieve", b"\x82\x01\x00"),
                 ("scored ids", "Score", b"\x2a\x00"),
+                ("texts", "Embed", b"\x0a\x00"),
                 ("entities", ADMIN + "Upsert", b"\x1a\x00"),
+                ("attributes of entities", ADMIN + "Upsert", b"\x1a\x02\x1a\x00"),
+                ("deleted ids", ADMIN + "Delete", b"\x12\x00"),
             )
         ),
         Attack(
@@ -340,6 +450,13 @@ def attacks(seed: int = 0) -> list[Attack]:
         Attack("half-sent uploads", half_sent, connections=8),
         Attack("batches given up", abandoned_batches, connections=2),
         Attack("batches of fresh texts", fresh_batches, connections=2),
+        Attack("gzip bomb of JSON", json_bomb(16_000_000)),
+        Attack("labels of 1 MB", streams(lambda s: call(s, "Retrieve", labels), each=1)),
+        Attack("batches of all attributes", dear_batches, connections=2),
+        Attack("dear searches", dear_searches, connections=2),
+        Attack("watches", streams(watches), connections=8),
+        Attack("reflection that nobody reads", reflected, wide, reads=False, connections=8),
+        noise(seed),
         fuzzing(seed),
     ]
 
@@ -373,7 +490,7 @@ def run_attack(attack: Attack, port: int, seconds: float) -> Damage:
         lane.start()
     for lane in lanes:
         lane.join(seconds + 5)
-    if not any(one.sent_bytes for one in found):
+    if not any(one.sent_bytes or not attack.greets for one in found):
         raise RuntimeError(f"{attack.name}: nothing was sent")
     return Damage(sum(one.sent_bytes for one in found), sum(one.connections for one in found))
 
@@ -384,8 +501,9 @@ def _lane(attack: Attack, port: int, until: float) -> Damage:
     while time.monotonic() < until:
         connections += 1
         with contextlib.suppress(OSError), _connected(port, attack.reads) as connection:
-            connection.sendall(PREFACE + attack.first)
-            sent += len(PREFACE + attack.first)
+            if attack.greets:
+                connection.sendall(PREFACE + attack.first)
+                sent += len(PREFACE + attack.first)
             for piece in attack.pieces():
                 if time.monotonic() > until:
                     break

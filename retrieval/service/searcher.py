@@ -29,7 +29,9 @@ MAX_POOL = 1000
 """A pool is never made larger than this by its factor."""
 INLINE_RERANK_K = 20
 INLINE_FIRST_K = 100
-"""A plain search for at most so many runs on the event loop when nothing is known of its like."""
+"""A plain search of vectors alone for at most so many runs on the event loop where nothing is known
+of its like.
+"""
 SLICE_SECONDS = 0.01
 """Work of a batch between two looks at its deadline and at its caller."""
 KNOWN_COSTS = 2000
@@ -101,7 +103,7 @@ class Searcher:
         result, search_ns = await self.run(
             key,
             work,
-            inline_first=request.is_plain and k <= INLINE_FIRST_K,
+            inline_first=target.legs is None and request.is_plain and k <= INLINE_FIRST_K,
             threads=threads,
         )
         if not request.is_reranked:

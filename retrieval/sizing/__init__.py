@@ -1,1 +1,0 @@
-"""How many machines a size needs, by figures that were measured."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from index_builder.errors import IndexFormatError
 from index_builder.native import Engine, carry_link_records, link_records
-from index_builder.storage.corpus import Corpus
+from index_builder.storage.corpus import GONE, Corpus
 from index_builder.storage.id_table import IdTable
 
 MAX_DIMENSION = 65_536
@@ -18,6 +18,8 @@ MAX_DIMENSION = 65_536
 _ARRAYS = ("codes", "graph", "sketch", "factors", "links", "quantiser")
 _BLOCK = 65_536
 _CODE_ALIGNMENT = 64
+_HEADROOM = 1.1
+"""How much wider codes are made where the corpus changes, so that the next changes fit as well."""
 _ENTRY_SAMPLE = 2_000
 _SKETCH_ROWS = 32
 _ZERO_CODE = 128
@@ -89,7 +91,10 @@ class EngineArrays:
         return arrays.with_sketches(vectors) if sketches else arrays
 
     def carried(self, vectors: np.ndarray, graph: np.ndarray, node_now: np.ndarray) -> EngineArrays:
-        """Return the arrays of a changed corpus: its own codes, and records of kept links copied.
+        """Return the arrays of a changed corpus: codes and records of what stays are copied.
+
+        So rows that stay have the bytes they had, and a copy of the release elsewhere needs no
+        others. Where the earlier quantiser does not serve the new vectors, all are quantised.
 
         Args:
             vectors: float32 ``(U', D)`` of the changed corpus.
@@ -97,18 +102,42 @@ class EngineArrays:
             node_now: uint32 ``(U,)``, number in the changed corpus of each vector of this one, or
                 ``GONE``.
         """
-        if self.links is None or self.quantiser is None:
+        if self.quantiser is None:
             return EngineArrays.build(vectors, graph, sketched_links=self.links is not None)
-        arrays = EngineArrays.build(vectors, None)
-        assert arrays.quantiser is not None
+        codes, quantiser = self._carried_codes(self.quantiser, vectors, node_now)
+        arrays = EngineArrays(codes, graph, central_node(vectors), quantiser=quantiser)
+        if self.links is None:
+            return arrays
         links = _aligned((len(vectors), self.links.shape[1]))
         links[:] = 0
-        scale = _link_scale(arrays.quantiser)
+        scale = _link_scale(quantiser)
         ratio = scale / _link_scale(self.quantiser)
         carry_link_records(
             vectors, vectors.shape[1], graph, scale, self.links, node_now, ratio, links
         )
-        return replace(arrays, links=links)
+        return replace(arrays, graph=None, links=links)
+
+    def _carried_codes(
+        self, quantiser: np.ndarray, vectors: np.ndarray, node_now: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return codes and quantiser of a changed corpus; arguments as for ``carried``.
+
+        New vectors may lie outside the range of the earlier ones. Their codes are then as far from
+        them as the quantiser says, and it serves as long as rounding alone could be that far off.
+        """
+        dimension = vectors.shape[1]
+        centre, step = quantiser[:dimension], quantiser[dimension : 2 * dimension]
+        stays = np.flatnonzero(node_now != GONE)
+        is_new = np.ones(len(vectors), dtype=bool)
+        is_new[node_now[stays]] = False
+        new = np.ascontiguousarray(vectors[is_new])
+        new_codes, facts = _codes_by(new, centre, step)
+        if facts[0] > max(quantiser[-2], np.linalg.norm(step) / 2):
+            return _quantised(vectors, _HEADROOM)
+        codes = _aligned((len(vectors), self.codes.shape[1]))
+        codes[node_now[stays]] = self.codes[stays]
+        codes[is_new] = new_codes
+        return codes, np.concatenate([quantiser[:-2], np.maximum(quantiser[-2:], facts)])
 
     def with_sketches(self, vectors: np.ndarray) -> Self:
         """Return the same with sketches of ``vectors``, which filters use."""
@@ -205,13 +234,27 @@ def _check_shapes(
         )
 
 
-def _quantised(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _quantised(vectors: np.ndarray, headroom: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Return codes uint8 ``(U, stride)`` of ``vectors`` and their quantiser.
+
+    Args:
+        vectors: float32 ``(U, D)``.
+        headroom: By how much the range of codes is wider than that of the vectors.
+    """
+    centre, step = _centre_and_step(vectors)
+    step *= np.float32(headroom)
+    codes, facts = _codes_by(vectors, centre, step)
+    return codes, np.concatenate([centre, step, facts])
+
+
+def _codes_by(
+    vectors: np.ndarray, centre: np.ndarray, step: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes of ``vectors``, and how far from them and from the centre they are at most.
 
     Padding holds the code of the centre.
     """
     count, dimension = vectors.shape
-    centre, step = _centre_and_step(vectors)
     codes = _aligned((count, _stride(dimension)))
     codes[:] = _ZERO_CODE
     error = reach = 0.0
@@ -223,8 +266,7 @@ def _quantised(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         error = max(error, float(np.einsum("nd,nd->n", rest, rest).max()) ** 0.5)
         reach = max(reach, float(np.einsum("nd,nd->n", levels, levels).max()) ** 0.5)
     # Rounding of float32 in these sums must not make a bound too small
-    facts = np.array([error * 1.0001 + 1e-6, reach * 1.0001], dtype=np.float32)
-    return codes, np.concatenate([centre, step, facts])
+    return codes, np.array([error * 1.0001 + 1e-6, reach * 1.0001], dtype=np.float32)
 
 
 def _link_scale(quantiser: np.ndarray) -> float:

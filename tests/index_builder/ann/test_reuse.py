@@ -113,6 +113,60 @@ def test_carried_over_copies_records_as_a_build_writes_them(tmp_path: Path) -> N
     np.testing.assert_allclose(factors[0] * steps[0], factors[1] * steps[1], rtol=1e-4, atol=1e-7)
 
 
+def farthest_from_codes(vectors: np.ndarray, arrays: EngineArrays) -> float:
+    """Return how far a vector is at most from what its codes stand for."""
+    assert arrays.quantiser is not None
+    centre, step = arrays.quantiser[:D], arrays.quantiser[D : 2 * D]
+    levels = arrays.codes[:, :D].astype(np.float64) - 128
+    return float(np.linalg.norm(vectors - (centre + levels * step), axis=1).max())
+
+
+@pytest.mark.parametrize("sketched", [True, False])
+def test_carried_over_keeps_the_bytes_of_rows_that_stay(tmp_path: Path, sketched: bool) -> None:
+    vectors = text_vectors(2_000)
+    config = replace(CONFIG, sketched_links=sketched)
+    # Inside the range of those that stay, but for one a little outside
+    kept = vectors[30:N]
+    inside = (vectors[N:] >= kept.min(axis=0)) & (vectors[N:] <= kept.max(axis=0))
+    new = vectors[N:][inside.all(axis=1)][:30].copy()
+    new[0] = 1.01 * kept[np.argmax(kept.max(axis=1))]
+    after = vectors[:N].copy()
+    after[:30] = new
+    earlier = earlier_index(tmp_path, vectors[:N], config)
+    before = EngineArrays.load(tmp_path, earlier.vectors)
+    index, _ = carried_over(earlier, after, config)
+    arrays = index.arrays
+    assert arrays.quantiser is not None and before.quantiser is not None
+    np.testing.assert_array_equal(arrays.quantiser[:-2], before.quantiser[:-2])
+    np.testing.assert_array_equal(arrays.codes[30:], before.codes[30:])
+    assert farthest_from_codes(after, arrays) <= arrays.quantiser[-2]
+    links, then = index.neighbours(), before.neighbours()
+    assert links is not None and then is not None
+    same = np.flatnonzero((links == then).all(axis=1) & (np.arange(N) >= 30))
+    assert len(same) > N / 4
+    if sketched:
+        assert arrays.links is not None and before.links is not None
+        # A link to a row that was replaced in place is another link, though its number is the same
+        same = same[(links[same] >= 30).all(axis=1)]
+        np.testing.assert_array_equal(arrays.links[same], before.links[same])
+
+
+def test_carried_over_vectors_far_outside_are_quantised_anew_with_room(tmp_path: Path) -> None:
+    vectors = text_vectors(2_000)
+    after = vectors[:N].copy()
+    after[:3] = np.eye(D, dtype=np.float32)[:3]
+    index, _ = carried_over(earlier_index(tmp_path, vectors[:N]), after, CONFIG)
+    quantiser = index.arrays.quantiser
+    assert quantiser is not None
+    assert farthest_from_codes(after, index.arrays) <= quantiser[-2]
+    assert quantiser[-2] < np.linalg.norm(quantiser[D : 2 * D]) / 2
+    index.save(tmp_path / "index")
+    earlier = EarlierIndex(tmp_path, index.kind, index.parameters(), after, 0.01)
+    again, _ = carried_over(earlier, changed_vectors(vectors, 10)[::-1].copy(), CONFIG)
+    assert again.arrays.quantiser is not None
+    np.testing.assert_array_equal(again.arrays.quantiser[:-2], quantiser[:-2])
+
+
 @pytest.mark.parametrize(
     ("changes", "count", "reason"),
     [

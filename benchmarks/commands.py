@@ -99,7 +99,7 @@ BENCHES: dict[str, tuple[str, str]] = {
     ),
     "faults": (
         "benchmarks.faults.faults:command",
-        "Swaps, overload, a page beside batches, kill -9, bad Redis: no lost, mixed or failed answer.",
+        "Swaps, overload, a page beside batches, kill -9, bad Redis: no lost or failed answer.",
     ),
     "hostile": (
         "benchmarks.faults.hostile:command",

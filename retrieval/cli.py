@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "retrieval.commands.features:command",
         "Score given (query, entity) pairs: the columns that a ranker trains on.",
     ),
+    "plan": (
+        "retrieval.commands.plan:command",
+        "Say which parts and how many machines a size needs, by measured figures.",
+    ),
     "doctor": (
         "retrieval.commands.doctor:command",
         "Check this machine, the installation and a store, and say what to do.",

@@ -61,7 +61,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "server": "http2 encoding observability releases service web",
         "demo": "client",
         "start": "client demo",
-        "commands": "client observability server",
+        "sizing": "",
+        "commands": "client observability server sizing",
     },
     "benchmarks": {
         "index": "",

@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections import deque
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import hpack
 
@@ -22,6 +22,7 @@ from retrieval.http2 import frames
 from retrieval.http2.header_blocks import HeaderReader
 
 WINDOW = 2**30
+GRPC = "application/grpc"
 
 
 class FrameClient(asyncio.Protocol):
@@ -34,6 +35,10 @@ class FrameClient(asyncio.Protocol):
         lanes: Calls in flight.
     """
 
+    content_type = GRPC
+    status = b"grpc-status"
+    good_status = b"0"
+
     def __init__(
         self, method: str, authority: str, payloads: list[bytes], first: int, lanes: int
     ) -> None:
@@ -42,12 +47,13 @@ class FrameClient(asyncio.Protocol):
             encoder.encode(fields),
             encoder.encode(fields),
         ]  # the second is indexes into what the first put in the table
-        self._bodies = [b"\x00" + len(payload).to_bytes(4, "big") + payload for payload in payloads]
+        self._bodies = [self.framed(payload) for payload in payloads]
         self._next, self._lanes = first, lanes
         self._stream = 1
         self._sent: dict[int, float] = {}
         self._ready: deque[None] = deque()
         self._reader = HeaderReader()
+        self._heads: dict[int, tuple[tuple[bytes, bytes], ...]] = {}  # of answers without trailers
         self._window, self._peer_stream_window = frames.DEFAULT_WINDOW, frames.DEFAULT_WINDOW
         self._received = 0
         self._rest = b""
@@ -65,9 +71,13 @@ class FrameClient(asyncio.Protocol):
             (":scheme", "http"),
             (":path", method),
             (":authority", authority),
-            ("content-type", "application/grpc"),
+            ("content-type", self.content_type),
             ("te", "trailers"),
         ]
+
+    def framed(self, payload: bytes) -> bytes:
+        """Return what a request's DATA frames carry."""
+        return b"\x00" + len(payload).to_bytes(4, "big") + payload
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet, with windows that never close."""
@@ -132,10 +142,14 @@ class FrameClient(asyncio.Protocol):
             at = stop
             if kind == frames.DATA:
                 self._received += stop - start
+                if flags & frames.END_STREAM:
+                    self._answered(stream, self._heads.pop(stream))
             elif kind == frames.HEADERS:
                 headers = self._reader.read(data[start:stop])
                 if flags & frames.END_STREAM:
                     self._answered(stream, headers)
+                elif self.content_type != GRPC:
+                    self._heads[stream] = headers
             else:
                 self._control(kind, flags, stream, data[start:stop])
         self._rest = data[at:]
@@ -147,11 +161,11 @@ class FrameClient(asyncio.Protocol):
     def _answered(self, stream: int, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         assert self.recorder is not None, "started"
         sent = self._sent.pop(stream)
-        status = next((value for name, value in headers if name == b"grpc-status"), b"none")
-        if status == b"0":
+        status = next((value for name, value in headers if name == self.status), b"none")
+        if status == self.good_status:
             self.recorder.answered(sent)
         else:
-            name = f"grpc-status {status.decode()}"
+            name = f"{self.status.decode()} {status.decode()}"
             self.recorder.errors[name] = self.recorder.errors.get(name, 0) + 1
         if time.perf_counter() < self.end:
             self._ask()
@@ -177,23 +191,50 @@ class FrameClient(asyncio.Protocol):
             self.done.set_exception(ConnectionError(f"frame {kind}: {payload[:200]!r}"))
 
 
-def frame_load(address: str, method: str, payloads: list[bytes], load: Load) -> Outcome:
+class JsonClient(FrameClient):
+    """The same for the Connect protocol's unary calls as JSON."""
+
+    content_type = "application/json"
+    status = b":status"
+    good_status = b"200"
+
+    def framed(self, payload: bytes) -> bytes:
+        """Return the payload."""
+        return payload
+
+
+class FrameCalls(NamedTuple):
+    """What one client process sends."""
+
+    address: str
+    method: str
+    payloads: list[bytes]
+    client: type[FrameClient]
+
+
+def frame_load(
+    address: str,
+    method: str,
+    payloads: list[bytes],
+    load: Load,
+    client: type[FrameClient] = FrameClient,
+) -> Outcome:
     """Drive one method in a closed loop with prepared frames instead of gRPC stubs."""
-    return run_processes(partial(_frame_process, (address, method, payloads)), load)
+    return run_processes(
+        partial(_frame_process, FrameCalls(address, method, payloads, client)), load
+    )
 
 
-def _frame_process(
-    calls: tuple[str, str, list[bytes]], load: Load, number: int, ready: Any, queue: Any
-) -> None:
+def _frame_process(calls: FrameCalls, load: Load, number: int, ready: Any, queue: Any) -> None:
     import uvloop
 
-    address, method, payloads = calls
+    address, method, payloads, make = calls
 
     async def main() -> Outcome:
         host, _, port = address.rpartition(":")
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(
-            lambda: FrameClient(method, address, payloads, number * 104_729, load.concurrency),
+            lambda: make(method, address, payloads, number * 104_729, load.concurrency),
             host,
             int(port),
         )

@@ -110,6 +110,24 @@ def echo_server(response_bytes: int) -> Iterator[Process]:
         yield Process(f"127.0.0.1:{json.loads(_first_line(process, log, 60))['port']}", process.pid)
 
 
+def require_fastapi() -> None:
+    """Raise ``MissingDependency`` unless all that the FastAPI server needs is installed."""
+    for name in ("fastapi", "httptools", "orjson"):
+        if util.find_spec(name) is None:
+            raise MissingDependency(name, "bench", "The FastAPI server to compare with")
+
+
+@contextmanager
+def fastapi_server(store: Path, vectors: Path, *, are_cached: bool) -> Iterator[Process]:
+    """Run the FastAPI server of ``fastapi_peer``; raises as ``require_fastapi``."""
+    require_fastapi()
+    module = "benchmarks.serving.fastapi_peer"
+    arguments = [sys.executable, "-m", module, str(store), str(vectors), str(int(are_cached))]
+    with _started(arguments) as (process, log):
+        port = json.loads(_first_line(process, log, 120))["port"]
+        yield Process(f"127.0.0.1:{port}", process.pid)
+
+
 def milvus_is_installed() -> bool:
     """Tell whether the PyPI packages ``milvus`` (the server) and ``pymilvus`` are installed."""
     return util.find_spec("milvus") is not None and util.find_spec("pymilvus") is not None

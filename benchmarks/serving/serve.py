@@ -9,21 +9,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
 
-from benchmarks.record import Measurement, write_record
+from benchmarks.record import Measurement, out_option, write_record
 from benchmarks.serving import milvus_peer
+from benchmarks.serving.comparison import BenchFailed, Plan, compare
 from benchmarks.serving.frames_load import frame_load
 from benchmarks.serving.load import Load, Outcome, client_load, stub_load
+from benchmarks.serving.page import PageSize, page_lines, print_page
 from benchmarks.serving.peer_servers import (
     Process,
     echo_server,
     milvus_is_installed,
     milvus_server,
     omni_server,
+    require_fastapi,
 )
 from benchmarks.serving.serving_release import ServingRelease, serving_release
 from encoders.commands.console import (
@@ -36,7 +39,6 @@ from encoders.commands.console import (
     say,
     stage,
 )
-from encoders.errors import OmniError
 from protos import retrieval_pb2 as pb
 from retrieval.client import ClientConfig, RetrievalClient
 
@@ -48,10 +50,6 @@ WORDS = ("red", "blue", "old", "new", "small", "large", "silver", "wooden", "gla
 THINGS = ("cat", "dog", "lamp", "door", "cake", "train", "tree", "boat", "bird", "horse")
 DEFAULT_KIND = "symqg"
 TEXTS = [f"{a} {b} {c}" for a in WORDS for b in THINGS for c in THINGS]
-
-
-class BenchFailed(OmniError):
-    """A figure could not be taken."""
 
 
 def vector_requests(release: ServingRelease, k: int, min_recall: float | None) -> list[bytes]:
@@ -114,67 +112,6 @@ def start_our_client(
 
     ask(0)
     return ask, client.close
-
-
-def best_of(rounds: Sequence[Outcome]) -> dict[str, Any]:
-    """Median over rounds of rate and percentiles; errors summed."""
-    rows = [outcome.summary() for outcome in rounds]
-    merged: dict[str, Any] = {
-        name: median(float(row[name]) for row in rows)
-        for name in ("requests_per_second", "p50_ms", "p95_ms", "p99_ms")
-    }
-    return {**merged, "errors": sum(int(row["errors"]) for row in rows), "rounds": rows}
-
-
-class Plan(NamedTuple):
-    """How servers are loaded in turns."""
-
-    concurrencies: Sequence[int]
-    rounds: int
-    seconds: float
-
-
-def compare(
-    runs: dict[str, Callable[[Load], Outcome]], servers: dict[str, Process], plan: Plan
-) -> dict[str, dict[int, dict[str, Any]]]:
-    """Run every side at every concurrency, in turns within a round, so that noise hits both alike.
-
-    Beside rate and percentiles, each figure holds the requests per CPU second of the server
-    process: on a machine that is busy with other work it says what the wall clock cannot.
-    """
-    per_cpu: dict[str, dict[int, list[float]]] = {
-        side: {c: [] for c in plan.concurrencies} for side in runs
-    }
-    outcomes: dict[str, dict[int, list[Outcome]]] = {
-        side: {c: [] for c in plan.concurrencies} for side in runs
-    }
-    for concurrency in plan.concurrencies:
-        for number in range(plan.rounds):
-            order = list(runs) if number % 2 == 0 else list(runs)[::-1]
-            for side in order:
-                before = servers[side].cpu_seconds()
-                outcome = runs[side](
-                    Load(concurrency=concurrency, seconds=plan.seconds, warmup_seconds=0.0)
-                )
-                per_cpu[side][concurrency].append(
-                    len(outcome.latencies_ms) / max(1e-3, servers[side].cpu_seconds() - before)
-                )
-                if not len(outcome.latencies_ms):
-                    raise BenchFailed(
-                        f"{side} answered nothing at concurrency {concurrency}: {outcome.errors}"
-                    )
-                outcomes[side][concurrency].append(outcome)
-                say(
-                    f"{side}, concurrency {concurrency}: {outcome.summary()},"
-                    f" {per_cpu[side][concurrency][-1]:.0f} per server CPU second"
-                )
-    return {
-        side: {
-            c: {**best_of(found), "per_server_cpu_second": median(per_cpu[side][c])}
-            for c, found in by.items()
-        }
-        for side, by in outcomes.items()
-    }
 
 
 def verdict(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -464,10 +401,12 @@ def more_workers(
     "--peer",
     "peers",
     multiple=True,
-    type=click.Choice(["milvus", "echo", "workers"]),
+    type=click.Choice(["milvus", "echo", "workers", "page"]),
     default=("milvus", "echo"),
     show_default=True,
-    help="Repeat. workers: our own server with one worker beside one with --more-workers.",
+    help="Repeat. workers: our own server with one worker beside one with --more-workers. page:"
+    " hits with five attributes, over gRPC, as JSON, and by FastAPI, at the largest --concurrency;"
+    " needs no --data.",
 )
 @click.option(
     "--more-workers",
@@ -481,6 +420,7 @@ def more_workers(
     type=click.Path(path_type=Path, exists=True),
     help="Model bundle for text queries; default: a tiny random tower.",
 )
+@out_option
 @json_option
 @handle_errors
 def command(
@@ -496,6 +436,7 @@ def command(
     peers: tuple[str, ...],
     more_workers_count: int,
     bundle: Path | None,
+    out: Path,
     as_json: bool,
 ) -> None:
     """Requests per second and latency of our service beside Milvus and a bare gRPC echo.
@@ -503,8 +444,15 @@ def command(
     Same vectors, k, recall, cores and run; clients share the cores with the servers. The Milvus
     part needs the packages milvus and pymilvus.
 
-    Example: omni bench serve --data data --rounds 3; omni bench serve --data data --peer workers
+    Example: omni bench serve --data data --rounds 3; omni bench serve --data data --peer workers;
+    omni bench serve --peer page
     """
+    if "page" in peers:
+        require_fastapi()
+        _bench_page(k, Plan(concurrencies, rounds, seconds), out, as_json)
+        peers = tuple(peer for peer in peers if peer != "page")
+        if not peers:
+            return
     if data_dir is None:
         fail("omni bench serve needs --data (or OMNI_DATA): the folder that holds large/.", 2)
     if "milvus" in peers and not milvus_is_installed():
@@ -550,12 +498,43 @@ def command(
                 *(("milvus", "pymilvus") if "milvus" in peers else ()),
             ),
         ),
+        folder=out,
     )
     if as_json:
         print_json(metrics)
         return
     _print(metrics, release)
     say(f"record: {path.name}")
+
+
+def _bench_page(k: int, plan: Plan, out: Path, as_json: bool) -> None:
+    """Measure, record and print what a page asks."""
+    size = PageSize()
+    metrics = page_lines(k, plan, size)
+    path = write_record(
+        "serve-page",
+        Measurement(
+            dataset=size.describe(),
+            config={"k": k, "concurrency": metrics["concurrency"]},
+            protocol={
+                "warm_up_seconds": size.warm_seconds,
+                "rounds": plan.rounds,
+                "seconds": plan.seconds,
+                "clock": "CPU time of the server's process; perf_counter",
+                "turns": "sides alternate within a round; medians over rounds",
+                "shares": "of requests per server CPU second, within a round; medians over rounds",
+                "cores": "servers and client processes share all cores of the machine",
+            },
+            metrics=metrics,
+            libraries=("grpcio", "fastapi", "httptools", "orjson", "starlette", "uvicorn"),
+        ),
+        folder=out,
+    )
+    if as_json:
+        print_json(metrics)
+    else:
+        print_page(metrics)
+        say(f"record: {path.name}")
 
 
 def _print(metrics: dict[str, Any], release: ServingRelease) -> None:

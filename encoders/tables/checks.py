@@ -29,6 +29,7 @@ from encoders.tables.schemas import (
     plain_entity_type,
     renames,
 )
+from encoders.tables.shapes import leaf_type
 
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks and time zones differ; an event further ahead than this is wrong."""
@@ -45,6 +46,7 @@ Above all of them: nanoseconds.
 
 _MOST_VALUES = 8
 """Examples of values that are no choice, each named once."""
+_WIDE = (pl.UInt64, pl.Int128, pl.UInt128)
 _ATTRIBUTE_NAME = re.compile(r"[^\W\d]\w*", re.UNICODE)
 """Names that filters can write."""
 
@@ -337,9 +339,23 @@ def _check_attributes(frame: pl.DataFrame, schema: TableSchema, checker: _Checke
         elif dtype == pl.String:
             nul = frame[name].str.contains("\0", literal=True)
             checker.flag(nul, frame[name], name, _NO_NUL)
-        elif dtype == pl.UInt64:
-            checker.flag(frame[name] > 2**63 - 1, frame[name], name, _64_BITS)
+        elif leaf_type(dtype)[0] in _WIDE:
+            checker.flag(_beyond_64_bits(frame[name]), frame[name], name, _64_BITS)
+            if dtype != pl.UInt64:
+                narrow = pl.List(pl.Int64) if dtype.is_nested() else pl.Int64
+                frame = frame.with_columns(frame[name].cast(narrow, strict=False))
     return frame.drop(left_out)
+
+
+def _beyond_64_bits(values: pl.Series) -> pl.Series:
+    """Tell which integers, or lists of them, hold one that needs more than 64 bits."""
+    if isinstance(values.dtype, pl.Array):
+        values = values.arr.to_list()
+    nested = isinstance(values.dtype, pl.List)
+    beyond = (values.list.max() if nested else values) > 2**63 - 1
+    if leaf_type(values.dtype)[0] == pl.Int128:
+        beyond |= (values.list.min() if nested else values) < -(2**63)
+    return beyond
 
 
 def _plain_name(name: str) -> str:

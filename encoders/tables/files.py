@@ -29,6 +29,7 @@ from encoders.tables.parts import (
 from encoders.tables.reading import read_chunks
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import MALFORMED, ROW, TableSchema, schema
+from encoders.tables.shapes import check_shapes, join_frames
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 log = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def check_table(
     ]
     one = typed[0] if len(typed) == 1 else None
     checked = one or _join_parts(typed, wanted, source_name(path), now)
+    if wanted.name == "catalogue" and not checked.report.rows_read:
+        raise DataError(f"{source_name(path)}: there are no rows. Was the export cut short?")
     checked.report.notes += attributes.notes()
     checked.report.notes += [f"{name}: an empty file, left out" for name in empty]
     if on_bad_rows == "raise":
@@ -178,8 +181,7 @@ def read_whole_table(path: TableSource, reading: ReadingOptions | None = None) -
     Raises:
         DataError: A file is missing or unreadable, or a row malformed.
     """
-    frames = [read_raw(file, reading=reading) for file in table_files(path)]
-    return pl.concat(frames, how="diagonal_relaxed")
+    return join_frames([read_raw(file, reading=reading) for file in table_files(path)])
 
 
 def _read_whole(file: TableFile, options: ReadingOptions, notes: list[str] | None) -> pl.DataFrame:
@@ -235,8 +237,15 @@ def _json_cell(values: pl.Series | None) -> str | None:
 def _join_parts(
     parts: Sequence[Checked], wanted: TableSchema, source: str, now: datetime | None
 ) -> Checked:
-    """Join the checked files of a table; where it has a key, look for ids that two files hold."""
-    frame = pl.concat([p.frame for p in parts], how="diagonal_relaxed")
+    """Join the checked files of a table; where it has a key, look for ids that two files hold.
+
+    Raises:
+        SchemaError: A column holds lists in one file and single values in another.
+    """
+    shapes: dict[str, tuple[str, str]] = {}
+    for part in parts:
+        check_shapes(part.frame, part.report.source, shapes)
+    frame = join_frames([part.frame for part in parts])
     report = TableReport(source, wanted.name)
     rejected = [p.rejected.with_columns(pl.lit(p.report.source).alias("file")) for p in parts]
     report.rows_read = sum(p.report.rows_read for p in parts)
@@ -251,4 +260,26 @@ def _join_parts(
         for rule, count in part.report.rules_broken.items():
             report.rules_broken[rule] = report.rules_broken.get(rule, 0) + count
     report.rows_kept = frame.height
-    return Checked(frame, pl.concat(rejected, how="diagonal_relaxed"), report)
+    return Checked(frame, _join_rejected(rejected), report)
+
+
+def _join_rejected(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Join the rejected rows of files; columns whose types differ are shown as text."""
+    frames = [part for part in parts if part.height] or list(parts[:1])
+    types: dict[str, set[pl.DataType]] = {}
+    for frame in frames:
+        for name, dtype in frame.schema.items():
+            types.setdefault(name, set()).add(dtype)
+    differing = {name for name, found in types.items() if len(found - {pl.Null()}) > 1}
+    return pl.concat(
+        [
+            frame.with_columns(_shown(frame[name]) for name in frame.columns if name in differing)
+            for frame in frames
+        ],
+        how="diagonal_relaxed",
+    )
+
+
+def _shown(values: pl.Series) -> pl.Series:
+    texts = (None if value is None else str(value) for value in values)
+    return pl.Series(values.name, texts, dtype=pl.String)

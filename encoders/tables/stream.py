@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from encoders.tables.parts import TableFile, TableSource, source_name, table_fil
 from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import DTYPES, ROW, Kind, schema
+from encoders.tables.shapes import check_shapes, leaf_type
 from encoders.text.normal_forms import normalize_queries
 
 UInt64 = npt.NDArray[np.uint64]
@@ -91,7 +92,7 @@ def stream_catalogue(
             rows = _numbers_as_texts(rows, columns or ())
             first_row = raw[ROW][0] if raw.height else 1
             where = f"{file.name} (rows from {first_row:,})"
-            _check_shapes(rows, where, shapes)
+            check_shapes(rows, where, shapes)
             rows_read += raw.height
             if rows.height:
                 yield rows
@@ -247,7 +248,7 @@ def _content_texts(cells: pl.Series) -> pl.Series:
     if isinstance(cells.dtype, pl.Array):
         cells = cells.arr.to_list()
     dtype = cells.dtype
-    leaf, depth = _leaf(dtype)
+    leaf, depth = leaf_type(dtype)
     sizes = cells.list.len() if depth else cells
     if dtype.is_float():
         whole = ((cells == cells.floor()) & (cells.abs() < 2**53)).fill_null(False)
@@ -294,15 +295,6 @@ def _several_digests(lists: pl.Series) -> pl.Series:
     return digests.alias(lists.name)
 
 
-def _leaf(dtype: pl.DataType) -> tuple[pl.DataType, int]:
-    """Return what lists of lists hold in the end, and how deep."""
-    depth = 0
-    while isinstance(dtype, pl.List | pl.Array):
-        dtype = cast(pl.DataType, dtype.inner)
-        depth += 1
-    return dtype, depth
-
-
 def _plain(value: Any) -> Any:
     """Remove from a nested value what depends on the rows around it.
 
@@ -315,35 +307,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     return value
-
-
-def _check_shapes(rows: pl.DataFrame, where: str, shapes: dict[str, tuple[str, str]]) -> None:
-    """Remember where each column was first seen as what.
-
-    Raises:
-        SchemaError: A column is of another shape here; one vector a row beside several vectors a
-            row is no other shape.
-    """
-    for name, dtype in rows.schema.items():
-        shape = _shape(dtype)
-        if shape is None:
-            continue
-        known, first = shapes.setdefault(name, (shape, where))
-        if known != shape:
-            raise SchemaError(
-                f"column {name!r} holds {known} in {first}, but {shape} in {where}. Export it in"
-                " one form in all files"
-            )
-
-
-def _shape(dtype: pl.DataType) -> str | None:
-    """Name the shape of a column's cells; None: all of them are null."""
-    leaf, depth = _leaf(dtype)
-    if leaf == pl.Null:
-        return None
-    if not depth:
-        return "records" if isinstance(leaf, pl.Struct) else "single values"
-    return "lists" if depth == 1 or leaf.is_numeric() else "lists of lists"
 
 
 def _raw_chunks(

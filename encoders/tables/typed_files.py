@@ -8,11 +8,14 @@ from typing import cast
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from encoders.errors import DataError, SchemaError
 from encoders.tables.schemas import MALFORMED, ROW
 
+_ARROW_FILE = b"ARROW1"
+"""First bytes of an Arrow file; what begins otherwise may be a stream (DuckDB, Flight)."""
 _UNREADABLE = "cannot be read as {kind} ({error}). Is the file complete?"
 
 
@@ -40,17 +43,25 @@ def parquet_chunks(
 
 
 def arrow_chunks(path: Path) -> Iterator[pl.DataFrame]:
-    """Yield the rows of an Arrow IPC file (Feather 2) with their ``ROW``, batch by batch.
+    """Yield the rows of an Arrow IPC file (Feather 2) or stream with their ``ROW``, in batches.
 
     Raises:
         DataError: The file is unreadable.
         SchemaError: A column stands twice, or its type cannot be read.
     """
     try:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
-            check_names(file.schema.names, path.name)
-            batches = (file.get_batch(number) for number in range(file.num_record_batches))
-            yield from _frames(batches, file.schema, path.name)
+        with pa.memory_map(str(path)) as source:
+            is_file = source.read(len(_ARROW_FILE)) == _ARROW_FILE
+            source.seek(0)
+            if not is_file:
+                with pa.ipc.open_stream(source) as stream:
+                    check_names(stream.schema.names, path.name)
+                    yield from _frames(iter(stream), stream.schema, path.name)
+                return
+            with pa.ipc.open_file(source) as file:
+                check_names(file.schema.names, path.name)
+                batches = (file.get_batch(number) for number in range(file.num_record_batches))
+                yield from _frames(batches, file.schema, path.name)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{path.name}: {_UNREADABLE.format(kind='arrow', error=first_line(error))}"
@@ -125,6 +136,15 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     wanted = plain_type(column.type)
     if wanted == column.type:
         return column
+    if pa.types.is_dictionary(column.type):
+        # A direct cast knows no dictionaries of string_view, which polars writes
+        values = [
+            chunk.dictionary.cast(_taken(wanted)).take(chunk.indices) for chunk in column.chunks
+        ]
+        return pa.chunked_array(values, type=_taken(wanted))
+    if pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
+        lists = [_list_of_view(chunk) for chunk in column.chunks]
+        return _plain_column(pa.chunked_array(lists, type=pa.large_list(column.type.value_type)))
     if pa.types.is_decimal(column.type) and pa.types.is_floating(wanted):
         # A direct cast multiplies, so 9.95 becomes 9.950000000000001
         return column.cast(pa.string()).cast(wanted)
@@ -134,6 +154,21 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
         if not pa.types.is_decimal(column.type):
             raise
         return column.cast(pa.string())
+
+
+def _taken(found: pa.DataType) -> pa.DataType:
+    """Return the type as which values can be taken by their places."""
+    if pa.types.is_string_view(found) or pa.types.is_string(found):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(found) else found
+
+
+def _list_of_view(views: pa.Array) -> pa.Array:
+    """Lay the lists of a view one behind the other; a cast leaves the buffer of offsets short."""
+    lengths = pc.fill_null(pc.list_value_length(views), 0)
+    ends = pc.cumulative_sum(lengths).cast(pa.int64())
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
+    return pa.LargeListArray.from_arrays(offsets, views.flatten(), mask=views.is_null())
 
 
 def _unknown_type(field: pa.Field, source: str) -> SchemaError:

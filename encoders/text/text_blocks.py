@@ -14,8 +14,17 @@ import pyarrow as pa
 from encoders.errors import DataError, RowError
 
 BLOCK_BYTES = 8 << 20
+_UNPACK = "Unpack it first; of packed files gzip and Zstandard are read."
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_NO_TEXT = {
+    b"PK\x03\x04": ("a ZIP archive, as Excel's .xlsx is", "Save the sheet as CSV, or unpack it."),
+    b"BZh": ("packed with bzip2", _UNPACK),
+    b"\xfd7zXZ": ("packed with xz", _UNPACK),
+    b"PAR1": ("a Parquet file", "Call it {stem}.parquet."),
+    b"ARROW1": ("an Arrow file", "Call it {stem}.arrow."),
+}
+"""First bytes of files that are no text -> what they are, and what to do."""
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -34,7 +43,8 @@ def text_blocks(path: Path, encoding: str, size: int = BLOCK_BYTES) -> Iterator[
 
     Raises:
         RowError: Bytes are not of the encoding, or the text holds a NUL byte; names the line.
-        DataError: The encoding is unknown or lacks its byte order, or the file cannot be read.
+        DataError: The encoding is unknown or lacks its byte order, or the file cannot be read or is
+            no text.
     """
     name = path.name
     try:
@@ -46,6 +56,10 @@ def text_blocks(path: Path, encoding: str, size: int = BLOCK_BYTES) -> Iterator[
 
 def _decoded(file: IO[bytes], name: str, encoding: str, size: int) -> Iterator[bytes]:
     block = file.read(size)
+    for first, (found, fix) in _NO_TEXT.items():
+        if block.startswith(first) and not block.isascii():
+            stem = name.partition(".")[0]
+            raise DataError(f"{name}: expected text, got {found}. {fix.format(stem=stem)}")
     if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and encoding == "utf-8":
         encoding = "utf-16"
     block = block.removeprefix(codecs.BOM_UTF8)

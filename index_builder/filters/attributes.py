@@ -21,6 +21,9 @@ from index_builder.filters.field_types import (
     refined_type,
 )
 
+MAX_SINGLE_CELLS = 500
+"""Values that are read one by one: to select rows of a frame takes as long as some hundred."""
+
 RowLookup = Callable[[str], int | None]
 """The row of an id, or None."""
 
@@ -82,8 +85,7 @@ class AttributeTable:
             return [{} for _ in rows]
         if len(rows) == 0:
             return []
-        picked = self.frame.select(known)[np.asarray(rows, dtype=np.int64)]
-        return picked.to_dicts()
+        return rows_of(self.frame, rows, known)
 
     def save(self, path: Path) -> None:
         """Write the attributes as Parquet.
@@ -110,6 +112,21 @@ class AttributeTable:
             )
         table.count = count
         return table
+
+
+def rows_of(
+    frame: pl.DataFrame, rows: Sequence[int] | np.ndarray, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return values of rows of a frame, in order; ``names`` must be in it."""
+    if len(rows) * len(names) > MAX_SINGLE_CELLS:
+        return frame.select(names)[np.asarray(rows, dtype=np.int64)].to_dicts()
+    found: list[dict[str, Any]] = [{} for _ in rows]
+    for name in names:
+        column = frame.get_column(name)
+        for values, row in zip(found, rows):
+            value = column[int(row)]
+            values[name] = value.to_list() if isinstance(value, pl.Series) else value
+    return found
 
 
 def normalised(name: str, series: pl.Series) -> pl.Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import unicodedata
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ RECORD_HEADER = struct.Struct("<4sIQQ")
 # Operation, time ns, space id, id bytes, dimension, JSON bytes
 _PAYLOAD_HEADER = struct.Struct("<BQ32sHII")
 MAX_PAYLOAD_BYTES = 16 * 2**20
+_CHECKED_HEADER = struct.Struct("<IQ")  # payload bytes, sequence
 UPSERT, DELETE = 1, 2
 _NO_SPACE = bytes(32)
+_FLOAT32 = np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +100,8 @@ def check_entry(entry: LiveEntry, dimension: int) -> None:
             f"entity {entry.id!r}: expected float32 of shape ({dimension},), but got {vector.dtype}"
             f" of shape {vector.shape}"
         )
-    norm = float(np.linalg.norm(vector))
-    if not np.isfinite(norm):
+    norm = math.sqrt(vector.dot(vector))
+    if not math.isfinite(norm):
         raise InvalidVectors(
             f"entity {entry.id!r}: the vector holds NaN or Inf; embed the entity again"
         )
@@ -115,9 +118,7 @@ def check_entry(entry: LiveEntry, dimension: int) -> None:
 
 
 def _checksum(length: int, sequence: int, payload: bytes | memoryview) -> int:
-    digest = xxhash.xxh3_64(struct.pack("<IQ", length, sequence))
-    digest.update(payload)
-    return digest.intdigest()
+    return xxhash.xxh3_64_intdigest(b"".join((_CHECKED_HEADER.pack(length, sequence), payload)))
 
 
 def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
@@ -172,16 +173,17 @@ def frame(payload: bytes, sequence: int) -> bytes:
 
 def decode_payload(payload: memoryview, sequence: int) -> LiveEntry:
     """Decode what ``encode_payload`` encoded; the vector is a private read-only copy."""
-    fields = _PAYLOAD_HEADER.unpack_from(payload)
+    content = bytes(payload)
+    fields = _PAYLOAD_HEADER.unpack_from(content)
     operation, time_ns, space, id_bytes, dimension, text_bytes = fields
     start = _PAYLOAD_HEADER.size
-    identifier = str(payload[start : start + id_bytes], "utf-8")
+    identifier = content[start : start + id_bytes].decode()
     start += id_bytes
     if operation == DELETE:
         return LiveEntry(id=identifier, sequence=sequence, time_ns=time_ns)
-    vector = np.frombuffer(bytes(payload[start : start + 4 * dimension]), dtype="<f4")
+    vector = np.ndarray((dimension,), _FLOAT32, content, start)  # bytes: read-only
     start += 4 * dimension
-    extra = json.loads(bytes(payload[start : start + text_bytes])) if text_bytes else {}
+    extra = json.loads(content[start : start + text_bytes]) if text_bytes else {}
     return LiveEntry(
         id=identifier,
         vector=vector,

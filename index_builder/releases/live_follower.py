@@ -60,6 +60,7 @@ class LiveFollower:
                 dimension=release.dimension,
                 space_id=release.space_id,
                 row_of=index.row_of,
+                rows_of=index.ids.rows_of,
                 rows=len(index.ids),
                 watermark=watermark,
                 lexical=index.lexical,

@@ -12,6 +12,7 @@ import polars as pl
 
 from index_builder.ann import AnnIndex
 from index_builder.errors import DimensionMismatch, InvalidQuery
+from index_builder.filters.attributes import rows_of
 from index_builder.filters.cache import SelectionCache
 from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.search.calibration import Calibration, CurvePoint, calibrate
@@ -319,7 +320,7 @@ class EntityIndex:
             frame = segment.attributes
             known = [name for name in names if name in frame.columns]
             if known:
-                rows = frame.select(known)[[live_row for _, live_row in places]].to_dicts()
+                rows = rows_of(frame, [live_row for _, live_row in places], known)
                 for (i, _), values in zip(places, rows):
                     result[i] = values
         return result

@@ -18,7 +18,7 @@ from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.lexical.live_words import LiveWords
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
-from index_builder.storage.corpus import unit_vector
+from index_builder.storage.corpus import normalise_rows
 
 _ROWS_PER_GROUP = 32
 _SELECTION_BYTES = 2**20
@@ -80,32 +80,30 @@ class Block:
         return len(self.ids)
 
     def append(self, entry: LiveEntry) -> int:
-        """Add an upsert; returns its row."""
+        """Add an upsert; returns its row, which a view may show after ``encode``."""
         assert entry.vector is not None
         row = len(self.ids)
-        self.vectors[row] = unit_vector(entry.vector)
+        self.vectors[row] = entry.vector
         self.values.append(entry.attributes)
         self.alive[row] = True
         self.ids.append(entry.id)
         return row
 
     def encode(self) -> None:
-        """Keep the signs and the words of rows added since the last call.
+        """Normalise rows added since the last call, and keep their signs and words.
 
         One thread at a time, and before a view shows the rows.
         """
         if self.words is not None:
             self.words.append(self.values[self.words.count :])
-        if self.bits is not None and self._encoded < self.count:
-            live_scan.encode(
-                self.vectors,
-                self.vectors.shape[1],
-                self.bits,
-                self.facts,
-                self._encoded,
-                self.count,
-            )
-            self._encoded = self.count
+        first, end = self._encoded, self.count
+        if first == end:
+            return
+        normalise_rows(self.vectors[first:end])
+        if self.bits is not None:
+            dimension = self.vectors.shape[1]
+            live_scan.encode(self.vectors, dimension, self.bits, self.facts, first, end)
+        self._encoded = end
 
     def attributes(self, size: int) -> pl.DataFrame:
         """Return attributes of the first ``size`` rows; columns that no entry set are missing."""

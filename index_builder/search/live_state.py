@@ -49,6 +49,16 @@ class LiveBase(NamedTuple):
     """Sequence of the last entry that the base contains."""
     lexical: LexicalIndex | None = None
     """Words of the base; None: words of live entries are not kept."""
+    rows_of: Callable[[Sequence[str]], np.ndarray] | None = None
+    """Base rows of many ids, int64, -1 where there is none; None: ``row_of`` is asked for each."""
+
+    def find_rows(self, ids: Sequence[str]) -> list[int]:
+        """Return the base row of each id, -1 where there is none."""
+        if self.rows_of is not None:
+            rows: list[int] = self.rows_of(ids).tolist()
+            return rows
+        found = map(self.row_of, ids)
+        return [-1 if row is None else row for row in found]
 
 
 class LiveState:
@@ -105,10 +115,10 @@ class LiveState:
         """
         with self._lock:
             self._pending.extend(entries)
-            while self._pending:
+            for row in self._base.find_rows([entry.id for entry in self._pending]):
                 entry = self._pending[0]
                 if not entry.sequence or entry.sequence > self._sequence:
-                    self._apply(entry)
+                    self._apply(entry, row)
                     self._sequence = max(self._sequence, entry.sequence)
                 self._pending.popleft()
             self._view = self._new_view()
@@ -156,7 +166,8 @@ class LiveState:
     def _new_block(self, capacity: int) -> Block:
         return Block(capacity, self._base.dimension, self._scans, self._base.lexical)
 
-    def _apply(self, entry: LiveEntry) -> None:
+    def _apply(self, entry: LiveEntry, row: int) -> None:
+        """Apply an entry; ``row``: of its id in the base, -1 where there is none."""
         if entry.vector is not None and entry.space_id != self._base.space_id:
             self._foreign.add(entry.id)
             return
@@ -172,8 +183,7 @@ class LiveState:
         if replaced is not None:
             block, live_row = replaced
             block.alive[live_row] = False
-        row = self._base.row_of(entry.id)
-        if row is not None and not self._hidden[row]:
+        if row >= 0 and not self._hidden[row]:
             self._hidden[row] = True
             self._hidden_count += 1
         if entry.vector is not None:
@@ -184,7 +194,9 @@ class LiveState:
         self._merge_if_due()
 
     def _replace_tail(self) -> None:
-        fresh = self._new_block(self._exact_limit)  # first: without memory nothing is changed
+        # First: without memory nothing is changed, and a merge copies no row that is not normal yet
+        fresh = self._new_block(self._exact_limit)
+        self._tail.encode()
         self._sealed.append(self._tail)
         self._tail = fresh
 
@@ -262,8 +274,8 @@ class LiveState:
         for block, rows in parts:
             start = len(merged.ids)
             merged.vectors[start : start + len(rows)] = block.vectors[rows]
-            merged.ids.extend(block.ids[int(r)] for r in rows)
-            merged.values.extend(block.values[int(r)] for r in rows)
+            merged.ids.extend(map(block.ids.__getitem__, rows.tolist()))
+            merged.values.extend(map(block.values.__getitem__, rows.tolist()))
         merged.alive[: merged.count] = True
         merged.words = self._merged_words(parts) or merged.words
         if merged.count:

@@ -80,6 +80,14 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
     return unit.astype(np.float32)
 
 
+def normalise_rows(rows: np.ndarray) -> None:
+    """Give rows ``(N, D)`` unit norm in place, where they do not have it already."""
+    squares = np.einsum("nd,nd->n", rows, rows)
+    off = np.flatnonzero(np.abs(squares - 1.0) > 2 * UNIT_ERROR)
+    if len(off):
+        rows[off] = _unit_rows(rows[off])
+
+
 def unit_vector(vector: np.ndarray) -> np.ndarray:
     """Return one vector ``(D,)`` of unit norm; the very argument where it has that already."""
     if abs(float(vector.dot(vector)) - 1.0) <= 2 * UNIT_ERROR:

@@ -136,10 +136,12 @@ class IdTable(Sequence[str]):
         if not len(self.rows):
             return np.full(len(ids), -1, np.int64)
         places = np.minimum(self.hashes.searchsorted(digests), len(self.rows) - 1)
-        rows = self.rows[places].astype(np.int64)
-        for number, (id_, found) in enumerate(zip(ids, self.take(rows), strict=True)):
-            if found != id_:  # unknown, or one of several ids with this hash
-                row = self.row_of(id_)
+        rows = np.full(len(ids), -1, np.int64)
+        known = np.flatnonzero(self.hashes[places] == digests)
+        rows[known] = self.rows[places[known]]
+        for number, found in zip(known.tolist(), self.take(rows[known]), strict=True):
+            if found != ids[number]:  # one of several ids with this hash, or none of them
+                row = self.row_of(ids[number])
                 rows[number] = -1 if row is None else row
         return rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def summary(result: RetrieveResult) -> str:
 @click.option(
     "--type",
     "entity_type",
-    help="Entity type. Default: pin, or the largest one where the release has no pins.",
+    help="Entity type. Default: pin, or where the release has no pins the largest but query.",
 )
 @click.option("-k", default=10, show_default=True, help="Results wanted.")
 @click.option(
@@ -263,12 +263,23 @@ def command(
     say(summary(result))
 
 
-def _usual_type(client: RetrievalClient, release_id: str, deadline: float) -> str:
-    """Choose what is asked for where nothing is said."""
-    entities = client.describe_release(release_id, deadline_seconds=deadline).entities
-    if "pin" in entities or not entities:
+def usual_type(counts: Mapping[str, int]) -> str:
+    """Choose what is asked for where nothing is said: pins, or the largest type.
+
+    Known queries, which ``omni start`` indexes beside the catalogue, are what people ask for only
+    where there is nothing else.
+
+    Args:
+        counts: Entities of a release by type.
+    """
+    if "pin" in counts or not counts:
         return "pin"
-    return max(entities, key=lambda name: entities[name].count)
+    return max(counts, key=lambda name: (name != "query", counts[name]))
+
+
+def _usual_type(client: RetrievalClient, release_id: str, deadline: float) -> str:
+    entities = client.describe_release(release_id, deadline_seconds=deadline).entities
+    return usual_type({name: entity.count for name, entity in entities.items()})
 
 
 def _require_text(given: str) -> None:

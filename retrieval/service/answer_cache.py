@@ -32,6 +32,13 @@ Measured with tracemalloc, rounded up.
 """
 
 
+HITS_TAG = bytes((pb.Answer.HITS_FIELD_NUMBER << 3 | 2,))
+"""What stands before the length of one hit."""
+MAX_ATTRIBUTE_BYTES = 16 * 2**20
+"""Of the attributes that one process keeps serialised."""
+ROW_OVERHEAD_BYTES = 200
+"""Python objects of one hit's attributes beside their bytes and its id: headers and links."""
+
 CacheKey = tuple[object, int, str, float | None, float | None, tuple[str, ...], str]
 """All that decides an answer: ``EntityIndex.version``, the request's fields, the text.
 
@@ -131,14 +138,45 @@ def _fused_scores(hits: Sequence[pb.Hit], legs: tuple[str, ...]) -> FusedScores:
     return FusedScores(table[:, 0], table[:, 1:], legs)
 
 
-def serialize_hits(result: SearchResult, attributes: Sequence[Mapping[str, object]] = ()) -> bytes:
-    """Return hits as they go over the wire, with the attributes of each or none at all."""
+def serialize_hits(result: SearchResult, attributes: Sequence[bytes] = ()) -> bytes:
+    """Return hits as they go over the wire, with the attributes of each or none at all.
+
+    Args:
+        result: The hits.
+        attributes: Of each hit, as ``serialize_attributes`` returns them.
+    """
     message = pb.Answer()
     add_hits(message.hits, result)
-    for hit, values in zip(message.hits, attributes):
+    if not attributes:
+        serialized: bytes = message.SerializeToString()
+        return serialized
+    parts: list[bytes] = []
+    for hit, row in zip(message.hits, attributes, strict=True):
+        content = hit.SerializeToString() + row  # a message is the concatenation of its parts
+        parts += (HITS_TAG, varint(len(content)), content)
+    return b"".join(parts)
+
+
+def serialize_attributes(
+    index: EntityIndex, ids: Sequence[str], names: Sequence[str]
+) -> list[bytes]:
+    """Return the serialised field ``Hit.attributes`` of each id; all are read at once."""
+    serialized = []
+    for values in index.attributes(ids, names):
+        hit = pb.Hit()
         fill_attributes(hit.attributes, values)
-    serialized: bytes = message.SerializeToString()
+        serialized.append(hit.SerializeToString())
     return serialized
+
+
+def varint(value: int) -> bytes:
+    """Return a length as protobuf writes it: seven bits a byte, lowest first."""
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
 
 
 def fill_attributes(wanted: MutableMapping[str, pb.Value], values: Mapping[str, object]) -> None:
@@ -148,6 +186,8 @@ def fill_attributes(wanted: MutableMapping[str, pb.Value], values: Mapping[str, 
             wanted[name].string_value = value
         elif isinstance(value, float):
             wanted[name].double_value = value
+        elif isinstance(value, bool):
+            wanted[name].bool_value = value
         elif value is not None:
             wanted[name].CopyFrom(to_value(value))
 
@@ -227,3 +267,47 @@ class AnswerCache:
         if size <= self.max_bytes:
             answer.size_bytes = size
             self._answers[key] = answer
+
+
+class AttributeCache:
+    """Attributes of recent hits as they go over the wire, for one process.
+
+    A few entities are hits of most queries; reading and writing their attributes anew takes several
+    times as long as the search. Not thread-safe: it lives on the event loop.
+
+    Args:
+        max_bytes: What all may take; they are dropped together when they take more.
+
+    Attributes:
+        size_bytes: Estimated bytes held.
+    """
+
+    def __init__(self, max_bytes: int = MAX_ATTRIBUTE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._kept: dict[tuple[object, tuple[str, ...]], dict[str, bytes]] = {}
+        self.size_bytes = 0
+
+    def rows(self, version: object, names: Sequence[str]) -> dict[str, bytes]:
+        """Return what is kept, by id; ``put`` adds to it.
+
+        Args:
+            version: ``EntityIndex.version``, looked up before the attributes are read.
+            names: Of the attributes.
+        """
+        key = version, tuple(names)
+        found = self._kept.get(key)
+        if found is None:
+            self._grow(ENTRY_OVERHEAD_BYTES + sum(map(sys.getsizeof, names)))
+            found = self._kept[key] = {}
+        return found
+
+    def put(self, rows: dict[str, bytes], read: Mapping[str, bytes]) -> None:
+        """Keep what was read."""
+        self._grow(sum(len(id_) + len(row) + ROW_OVERHEAD_BYTES for id_, row in read.items()))
+        rows.update(read)
+
+    def _grow(self, size_bytes: int) -> None:
+        if self.size_bytes + size_bytes > self._max_bytes:
+            self._kept.clear()
+            self.size_bytes = 0
+        self.size_bytes += size_bytes

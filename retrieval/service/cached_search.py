@@ -12,9 +12,11 @@ from retrieval.errors import AnswerTooLarge
 from retrieval.service.admission import check_deadline
 from retrieval.service.answer_cache import (
     AnswerCache,
+    AttributeCache,
     CachedAnswer,
     CacheKey,
     cache_key,
+    serialize_attributes,
     serialize_hits,
 )
 from retrieval.service.calls import CallContext
@@ -54,6 +56,7 @@ class CachedSearch:
     def __init__(self, searcher: Searcher, answers: AnswerCache, max_answer_bytes: int) -> None:
         self.searcher = searcher
         self.answers = answers
+        self.attributes = AttributeCache()
         self._max_answer_bytes = max_answer_bytes
 
     async def search(self, target: SearchTarget, query: Query, request: SearchRequest) -> Answer:
@@ -72,31 +75,49 @@ class CachedSearch:
         found = await self.searcher.search(target, query, request)
         if not request.attributes:
             return found
-        filled = (await self._with_attributes(target.entity_index, [found], request))[0]
-        self.check_size(len(filled.hits))
-        return filled
+        return found._replace(hits=await self._hits(target.entity_index, found.result, request))
+
+    async def _hits(
+        self, index: EntityIndex, result: SearchResult, request: SearchRequest
+    ) -> bytes:
+        """Serialise the hits of one answer with their attributes; raises ``AnswerTooLarge``."""
+        names = request.attribute_names(index.attribute_table.schema)
+        serialized = self.hits_now(index, result, names)
+        if serialized is not None:
+            return serialized
+        rows = self.attributes.rows(index.version, names)
+        missing = [id_ for id_ in result.ids if id_ not in rows]
+        work = partial(serialize_attributes, index, missing, names)
+        read = dict(zip(missing, (await self.searcher.in_thread(work))[0], strict=True))
+        attributes = [rows[id_] if id_ in rows else read[id_] for id_ in result.ids]
+        self.attributes.put(rows, read)
+        return self._checked(serialize_hits(result, attributes))
+
+    def hits_now(
+        self, index: EntityIndex, result: SearchResult, names: Sequence[str]
+    ) -> bytes | None:
+        """Serialise hits with their attributes; None if that has to read many.
+
+        Raises:
+            AnswerTooLarge: They are more than one answer may hold.
+        """
+        rows = self.attributes.rows(index.version, names)
+        missing = [id_ for id_ in result.ids if id_ not in rows]
+        if len(missing) * len(names) > INLINE_VALUES:
+            return None
+        if missing:
+            read = serialize_attributes(index, missing, names)
+            self.attributes.put(rows, dict(zip(missing, read, strict=True)))
+        return self._checked(serialize_hits(result, [rows[id_] for id_ in result.ids]))
+
+    def _checked(self, hits: bytes) -> bytes:
+        self.check_size(len(hits))
+        return hits
 
     def check_size(self, size_bytes: int) -> None:
         """Raise ``AnswerTooLarge`` if the hits of one call take more than an answer may hold."""
         if size_bytes > self._max_answer_bytes:
             raise AnswerTooLarge(self._max_answer_bytes)
-
-    async def _with_attributes(
-        self,
-        index: EntityIndex,
-        found: list[Found],
-        request: SearchRequest,
-        *,
-        bulk: bool = False,
-    ) -> list[Found]:
-        """Return answers with their hits serialised, attributes included; ``bulk``: of a batch."""
-        names = request.attribute_names(index.attribute_table.schema)
-        work = partial(_serialized, index, [one.result for one in found], names)
-        if sum(len(one.result.ids) for one in found) * len(names) <= INLINE_VALUES:
-            serialized = work()
-        else:
-            serialized, _ = await self.searcher.in_thread(work, bulk=bulk)
-        return [one._replace(hits=hits) for one, hits in zip(found, serialized, strict=True)]
 
     async def search_batch(
         self, target: SearchTarget, batch: QueryBatch, request: SearchRequest, context: CallContext
@@ -154,7 +175,7 @@ class CachedSearch:
     async def _batch_with_attributes(
         self, index: EntityIndex, found: list[Found], request: SearchRequest, context: CallContext
     ) -> list[Found]:
-        """Return a batch's answers as ``_with_attributes`` does, in slices.
+        """Return a batch's answers with their hits serialised, attributes included, in slices.
 
         Raises:
             DeadlinePassed: Nobody waits for the rest.
@@ -167,10 +188,14 @@ class CachedSearch:
         for start in range(0, len(found), rows):
             check_deadline(context.time_remaining())
             rest = found[start : start + rows]
-            part = await self._with_attributes(index, rest, request, bulk=True)
-            size += sum(len(one.hits) for one in part)
+            work = partial(_serialized, index, [one.result for one in rest], names)
+            if sum(len(one.result.ids) for one in rest) * len(names) <= INLINE_VALUES:
+                serialized = work()
+            else:
+                serialized, _ = await self.searcher.in_thread(work, bulk=True)
+            size += sum(map(len, serialized))
             self.check_size(size)
-            filled += part
+            filled += [one._replace(hits=hits) for one, hits in zip(rest, serialized, strict=True)]
         return filled
 
 
@@ -178,11 +203,12 @@ def _serialized(
     index: EntityIndex, results: Sequence[SearchResult], names: Sequence[str]
 ) -> list[bytes]:
     """Serialise the hits of several answers; all attributes are read at once."""
-    values = index.attributes([id_ for result in results for id_ in result.ids], names)
+    ids = [id_ for result in results for id_ in result.ids]
+    attributes = serialize_attributes(index, ids, names)
     serialized = []
     start = 0
     for result in results:
         end = start + len(result.ids)
-        serialized.append(serialize_hits(result, values[start:end]))
+        serialized.append(serialize_hits(result, attributes[start:end]))
         start = end
     return serialized

@@ -1,6 +1,7 @@
 """``Retrieve`` in one function call, for requests that need no waiting.
 
-Answered are cached answers, and plain short searches for a cached text or a ready vector. Refused
+Answered are cached answers, and plain short searches for a cached text or a ready vector, with a
+few attributes or without. Refused
 is what no token names, and what would find the server or the encoder's queue full, or its deadline
 passed before its turn. A full server answers what is cached.
 Everything else (new filters, encoding, re-ranking, impressions, traces, mistakes) returns None and
@@ -17,13 +18,13 @@ from retrieval.errors import Unauthenticated
 from retrieval.http2.refusals import Refusal
 from retrieval.service.admission import Refusals
 from retrieval.service.answer_cache import CachedAnswer, cache_key
-from retrieval.service.cached_search import CachedSearch
+from retrieval.service.cached_search import INLINE_VALUES, CachedSearch
 from retrieval.service.calls import CallContext, CallGate
 from retrieval.service.query_vectors import Float32, QueryVectors
 from retrieval.service.search_records import Search, SearchRecorder
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import Found, cost_key
-from retrieval.service.validation import check_labels
+from retrieval.service.validation import check_answer_size, check_labels
 
 if TYPE_CHECKING:
     from index_builder.search.entity_index import EntityIndex
@@ -150,7 +151,7 @@ class FastPath:
                 found = self._search(index, vector, request)
                 if found is None:
                     return None
-                answer = CachedAnswer(found.result)
+                answer = CachedAnswer(found.result, found.hits)
                 if key is not None:
                     self._searches.answers.put(key, answer)
             unknown = 0.0 if entry is None else serving.unknown_share(text)
@@ -223,13 +224,14 @@ class FastPath:
 
     def _search(self, index: EntityIndex, vector: Float32, request: SearchRequest) -> Found | None:
         """Search where that is plain and known to be short."""
-        if (
-            request.k > MAX_K
-            or request.filter
-            or request.min_score is not None
-            or request.attributes
-        ):
+        if request.k > MAX_K or request.filter or request.min_score is not None:
             return None
+        names: list[str] = []
+        if request.attributes:
+            names = request.attribute_names(index.attribute_table.schema)
+            if request.k * len(names) > INLINE_VALUES:
+                return None
+            check_answer_size([(request.k, len(names))], self._limits)
         searcher = self._searches.searcher
         kind = cost_key(index, request, request.k)
         if not searcher.is_short(kind):
@@ -238,7 +240,8 @@ class FastPath:
         result = index.search(vector, request.k, **request.options())
         search_ns = _clock_ns() - started_ns
         searcher.learn(kind, search_ns / 1e9)
-        return Found(result, search_ns)
+        hits = self._searches.hits_now(index, result, names) if names else b""
+        return None if hits is None else Found(result, search_ns, hits=hits)
 
     def _refuse_late(
         self, text: str, serving: ServingRelease, context: CallContext

@@ -5,100 +5,36 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import gzip
-from collections.abc import Callable
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.feather
-import pyarrow.parquet as pq
 
 from encoders.tables.reading_options import ReadingOptions
+from tests.helpers.odd_exports import exports
+from tests.helpers.odd_makers import (
+    HEADER,
+    INTEGERS,
+    PIN,
+    Odd,
+    arrow,
+    encoded,
+    gz,
+    hive,
+    in_two,
+    packed_parquet,
+    parquet,
+    rows,
+    tsv,
+    zoned,
+    zst,
+)
 
-HEADER = "id,entity_type,title,price\n"
-Write = Callable[[Path], None]
-
-
-class Odd(NamedTuple):
-    """A file and what reading it must give."""
-
-    name: str
-    """Its suffix is the file's."""
-    content: bytes | str | Write
-    column: str
-    """What is looked at in the rows."""
-    wanted: list[Any] | str
-    """Its values, or a part of the message that refuses the file."""
-    options: ReadingOptions = ReadingOptions()
-    noted: str = ""
-    """A part of a note."""
-
-
-def rows(*titles: str, end: str = "\n") -> str:
-    """A CSV whose titles are written as they stand here."""
-    lines = [HEADER.strip(), *(f"p{n},pin,{title},{n}" for n, title in enumerate(titles))]
-    return end.join(lines) + end
-
-
-def tsv(*lines: str) -> str:
-    return "\n".join(["id\tentity_type\ttitle", *lines]) + "\n"
-
-
-def parquet(**columns: pa.Array) -> Write:
-    def write(path: Path) -> None:
-        count = len(next(iter(columns.values())))
-        base = {"id": pa.array([f"p{n}" for n in range(count)]), "entity_type": ["pin"] * count}
-        pq.write_table(pa.table({**base, **columns}), path)
-
-    return write
-
-
-def arrow(**columns: pa.Array) -> Write:
-    def write(path: Path) -> None:
-        table = pa.table({"id": ["p0"], "entity_type": ["pin"], **columns})
-        pyarrow.feather.write_feather(table, path)
-
-    return write
-
-
-INTEGERS = {
-    "i8": pa.int8(),
-    "i16": pa.int16(),
-    "i32": pa.int32(),
-    "i64": pa.int64(),
-    "u8": pa.uint8(),
-    "u16": pa.uint16(),
-    "u32": pa.uint32(),
-    "u64": pa.uint64(),
-}
-
-
-def packed_parquet(path: Path) -> None:
-    table = pa.table({"id": ["p0"], "entity_type": ["pin"], "title": ["a"]})
-    pq.write_table(table, path, compression="zstd")
-
-
-def hive(path: Path) -> None:
-    for n, country in enumerate(("AT", "DE")):
-        folder = path / f"country={country}" / "day=2026-01-31"
-        folder.mkdir(parents=True)
-        parquet(id=pa.array([f"p{n}"]), title=pa.array([f"red barn {n}"]))(folder / "part.parquet")
-
-
-def zst(text: str) -> bytes:
-    return bytes(pa.compress(text.encode(), "zstd", asbytes=True))
-
-
-def zoned(zone: str) -> Write:
-    moment = dt.datetime(2024, 5, 1, 12, tzinfo=dt.UTC)
-    return parquet(seen=pa.array([moment], pa.timestamp("us", zone)))
-
-
+_ID = re.compile(r"(?<!\w)p(?=\d)")
 GERMAN = "id;entity_type;title;price\r\np0;pin;Käse;3,50\r\np1;pin;Öl, fein;1.234,50\r\n"
 NOON = [dt.datetime(2024, 5, 1, 12, tzinfo=dt.UTC)]
 DEEP = '{"id":"p0","entity_type":"pin","x":' + "[" * 3000 + "]" * 3000 + "}\n"
-PIN = '{"id":"p0","entity_type":"pin","title":'
 MULTILINE = 'id,entity_type,title\np0,pin,"two\nlines, one, cell"\np1,pin,b\n'
 SWALLOWING = 'id,entity_type,title\np0,pin,a\np1,pin,"5 inch\np2,pin,c\np3,pin,27"\np4,pin,d\n'
 POSTGRES = r"id,entity_type,tags".replace(",", "\t") + "\np0\tpin\tred\\tcar\np1\tpin\t\\N\n"
@@ -198,19 +134,19 @@ def cases() -> list[Odd]:
         Odd("null.csv", rows(r"\N", "a"), "title", [None, "a"]),
         # encodings
         Odd("bom.csv", "\ufeff" + rows("Käse"), "title", ["Käse"]),
-        Odd("utf16.csv", rows("Käse").encode("utf-16"), "title", ["Käse"]),
-        Odd("utf16.jsonl", (PIN + '"Käse"}\n').encode("utf-16"), "title", ["Käse"]),
+        Odd("utf16.csv", rows("Käse"), "title", ["Käse"], pack=encoded("utf-16")),
+        Odd("utf16.jsonl", PIN + '"Käse"}\n', "title", ["Käse"],
+            pack=encoded("utf-16")),
         Odd("latin.csv", rows("Käse").encode("latin-1"), "title", "line 2: byte 0xe4"),
-        Odd("told_latin.csv", rows("Käse").encode("cp1252"), "title", ["Käse"],
-            text(encoding="cp1252")),
+        Odd("told_latin.csv", rows("Käse"), "title", ["Käse"],
+            text(encoding="cp1252"), pack=encoded("cp1252")),
         Odd("utf16_bare.csv", rows("a").encode("utf-16-le"), "title", "NUL"),
         Odd("told_utf16_bare.csv", rows("a").encode("utf-16-le"), "title", "utf-16-le",
             text(encoding="utf-16")),
-        Odd("packed.csv.gz", gzip.compress(rows("a").encode()), "title", ["a"]),
-        Odd("packed.csv", gzip.compress(rows("a").encode()), "title", ["a"]),
+        Odd("packed.csv.gz", rows("a"), "title", ["a"], pack=gz),
+        Odd("packed.csv", rows("a"), "title", ["a"], pack=gz),
         Odd("plain.csv.gz", rows("a"), "title", ["a"]),
-        Odd("two.csv.gz", gzip.compress(rows("a").encode()) + gzip.compress(b"p9,pin,z,9\n"),
-            "title", ["a", "z"]),
+        Odd("two.csv.gz", rows("a") + "p9,pin,z,9\n", "title", ["a", "z"], pack=in_two(gz)),
         Odd("cut.csv.gz", gzip.compress(rows("a").encode())[:-9], "title", "complete"),
         Odd("empty.csv", "", "title", "needs the column|no rows"),
         Odd("white.csv", "  \n \n", "title", "needs the column|no rows"),
@@ -244,7 +180,7 @@ def cases() -> list[Odd]:
             "id", ["p0"], noted="left out"),
         Odd("binary.parquet", parquet(x=pa.array([b"\xff"])), "id", ["p0"], noted="left out"),
         Odd("flags.parquet", parquet(x=pa.array([[True]])), "id", ["p0"], noted="left out"),
-        Odd("dates.parquet", parquet(x=pa.array([[dt.date(2024, 1, 1)]])), "id", ["p0"]),
+        Odd("dates.parquet", parquet(days=pa.array([[dt.date(2024, 1, 1)]])), "id", ["p0"]),
         Odd("row.parquet", parquet(__row=pa.array([1])), "id", "__row"),
         Odd("my col.parquet", parquet(**{"my col": pa.array([1])}), "id", "--rename"),
         Odd("bad_text.parquet", parquet(x=pa.array([b"k\xe4se"]).view(pa.string())), "x", "x"),
@@ -254,16 +190,17 @@ def cases() -> list[Odd]:
         Odd("a*b?.csv", rows("right"), "title", ["right"]),
         Odd("{x}.arrow", arrow(title=pa.array(["right"])), "title", ["right"]),
         # the exports that people have: Excel, MySQL, Spark, pandas, BigQuery
-        Odd("excel_1252.csv", GERMAN.encode("cp1252"), "title", ["Käse", "Öl, fein"],
-            text(encoding="cp1252"), noted="decimal comma"),
-        Odd("excel_unicode.tsv", tsv("p0\tpin\tKäse", "p1\tpin\tÖl").encode("utf-16"), "title",
-            ["Käse", "Öl"]),
+        Odd("excel_1252.csv", GERMAN, "title", ["Käse", "Öl, fein"],
+            text(encoding="cp1252"), noted="decimal comma", pack=encoded("cp1252")),
+        Odd("excel_unicode.tsv", tsv("p0\tpin\tKäse", "p1\tpin\tÖl"), "title",
+            ["Käse", "Öl"], pack=encoded("utf-16")),
         Odd("mysql_dump.tsv", tsv(r"p0 pin a\tb", r"p1 pin \N").replace(" ", "\t"), "title",
             ["a\tb", None]),
         Odd("spark_parts", hive, "country", ["AT", "DE"]),
-        Odd("packed.csv.zst", zst(rows("a", "b")), "title", ["a", "b"]),
-        Odd("packed.jsonl.zst", zst(PIN + '"a"}\n'), "title", ["a"]),
-        Odd("two.csv.zst", zst(rows("a")) + zst("p9,pin,z,9\n"), "title", ["a", "z"]),
+        Odd("packed.csv.zst", rows("a", "b"), "title", ["a", "b"], pack=zst),
+        Odd("packed.jsonl.zst", PIN + '"a"}\n', "title", ["a"], pack=zst),
+        Odd("two.csv.zst", rows("a") + "p9,pin,z,9\n", "title", ["a", "z"],
+            pack=in_two(zst)),
         Odd("cut.csv.zst", zst(rows("a" * 500, "b"))[:-9], "title", "complete"),
         Odd("ints.parquet", parquet(**{n: pa.array([1, 2], k) for n, k in INTEGERS.items()}), "u8",
             [1, 2]),
@@ -286,14 +223,16 @@ def cases() -> list[Odd]:
     ]  # fmt: skip
 
 
-CASES = {case.name: case for case in cases()}
+CASES = {case.name: case for case in (*cases(), *exports())}
 
 
-def put(case: Odd, folder: Path) -> Path:
+def put(case: Odd, folder: Path, ids: str = "p") -> Path:
+    """Write a file of a case; its ids begin with ``ids``."""
     path = folder / case.name
     if callable(case.content):
-        case.content(path)
+        case.content(path, ids)
+    elif isinstance(case.content, bytes):
+        path.write_bytes(case.content)
     else:
-        content = case.content
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(case.pack(_ID.sub(ids, case.content)))
     return path

@@ -14,6 +14,7 @@ from encoders.datasets.dataset import DEFAULT_ENGAGED_QUERIES, load_dataset
 from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
 from encoders.tables.files import read_table
+from encoders.tables.shapes import check_shapes, join_frames
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,11 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
 
 
 def _read(paths: Sequence[Path], table: str) -> pl.DataFrame:
-    return pl.concat([read_table(path, table) for path in paths], how="diagonal_relaxed")
+    frames = [read_table(path, table) for path in paths]
+    shapes: dict[str, tuple[str, str]] = {}
+    for path, frame in zip(paths, frames, strict=True):
+        check_shapes(frame, path.name, shapes)
+    return join_frames(frames)
 
 
 def _with_related_queries(pairs: pl.DataFrame) -> pl.DataFrame:

@@ -106,7 +106,8 @@ def test_attributes_cell_that_would_lose_digits_stays_text(tmp_path: Path, cell:
             st.integers(),
             st.floats(allow_nan=False, allow_infinity=False),
             st.from_regex(r"[0-9.eE+-]{1,12}", fullmatch=True),
-        )
+        ),
+        min_size=1,
     )
 )
 def test_attributes_numbers_are_never_changed(

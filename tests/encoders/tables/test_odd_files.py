@@ -6,6 +6,7 @@ chunks (embed, rebuild, update) reads what whoever reads whole (validate, pairs,
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ import pytest
 from click.testing import CliRunner
 
 from encoders.commands.data import group
-from encoders.errors import DataError, OmniError
+from encoders.errors import DataError, OmniError, SchemaError
 from encoders.tables import delimited
 from encoders.tables.files import check_table
 from encoders.tables.parts import TableFile
 from encoders.tables.reading import read_chunks
 from encoders.tables.reading_options import ReadingOptions
+from encoders.tables.shapes import join_frames
 from encoders.tables.stream import stream_catalogue
-from tests.helpers.odd_files import CASES, HEADER, parquet, put, rows
+from tests.helpers.odd_files import CASES, put
+from tests.helpers.odd_makers import HEADER, parquet, rows
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -43,7 +46,8 @@ def test_odd_file_is_read_whole_or_refused(name: str, tmp_path: Path) -> None:
     checked = check_table(path, "catalogue", reading=case.options)
     assert checked.frame[case.column].to_list() == case.wanted
     assert any(case.noted in note for note in checked.report.notes) or not case.noted
-    streamed = pl.concat(stream_catalogue([path], reading=case.options, chunk_rows=1))
+    chunks = stream_catalogue([path], reading=case.options, chunk_rows=1)
+    streamed = join_frames(list(chunks))
     shared = [name for name in streamed.columns if streamed.schema[name] != pl.Null]
     assert streamed.select(shared).equals(checked.frame.select(shared))
 
@@ -154,6 +158,27 @@ def test_empty_part_beside_others_is_left_out_with_a_note(tmp_path: Path) -> Non
     checked = check_table(tmp_path, "catalogue")
     assert checked.frame.height == 1
     assert any("empty" in note for note in checked.report.notes)
+
+
+def test_parts_whose_left_out_columns_differ_in_type_are_joined(tmp_path: Path) -> None:
+    parquet(id=pa.array(["p0"]), x=pa.array([{"a": 1}]))(tmp_path / "a.parquet")
+    parquet(id=pa.array(["p1"]), x=pa.array([b"x"]))(tmp_path / "b.parquet")
+    assert check_table(tmp_path, "catalogue").frame["id"].to_list() == ["p0", "p1"]
+
+
+def test_rejected_rows_of_parts_of_differing_types_are_listed(tmp_path: Path) -> None:
+    parquet(id=pa.array([None, "p0"]), x=pa.array([{"a": 1}] * 2))(tmp_path / "a.parquet")
+    parquet(id=pa.array([None, "p1"]), x=pa.array([b"x"] * 2))(tmp_path / "b.parquet")
+    rejected = check_table(tmp_path, "catalogue", on_bad_rows="drop").rejected
+    assert rejected["x"].to_list() == ["{'a': 1}", "b'x'"]
+
+
+def test_parts_of_types_that_nothing_joins_are_refused(tmp_path: Path) -> None:
+    days = pa.array([[dt.date(2024, 5, 1)]])
+    parquet(id=pa.array(["p0"]), x=days)(tmp_path / "a.parquet")
+    parquet(id=pa.array(["p1"]), x=pa.array([[1]]))(tmp_path / "b.parquet")
+    with pytest.raises(SchemaError, match="'x'"):
+        check_table(tmp_path, "catalogue")
 
 
 def test_parquet_with_a_column_twice_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 writes, seals and merges.
 """
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pytest
@@ -12,6 +14,7 @@ from index_builder.live_log.records import LiveEntry
 from index_builder.search.entity_index import EntityIndex
 from index_builder.search.live_blocks import Block, attribute_frame, join_frames
 from index_builder.search.live_state import LiveBase, LiveState
+from index_builder.storage.id_table import IdTable
 from tests.helpers.release_makers import SPACE, D, unit_vectors
 
 BASE = 40
@@ -313,6 +316,39 @@ def test_segment_merge_without_better_rows_returns_same_objects() -> None:
     assert found is scores
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_apply_vectors_off_unit_norm_are_searched_and_merged_normalised(background: bool) -> None:
+    state = make_state(4, background)
+    scaled = [
+        dataclasses.replace(entry(100 + i, i, i + 1), vector=VECTORS[i] * np.float32(1.0008))
+        for i in range(40)
+    ]
+    for start in range(0, 40, 3):
+        state.apply(scaled[start : start + 3])
+    state.wait()
+    view = state.view
+    assert view.live_count == 40
+    for number in range(40):
+        place = view.find(f"e{100 + number}")
+        assert place is not None
+        np.testing.assert_allclose(place[0].vectors[place[1]], VECTORS[number], atol=3e-7)
+    state.close()
+
+
+def test_find_rows_many_ids_equals_one_by_one() -> None:
+    ids = [f"e{i}" for i in range(300)]
+    table = IdTable.build(ids)
+    one_by_one = LiveBase(D, SPACE, table.row_of, rows=300)
+    together = one_by_one._replace(rows_of=table.rows_of)
+    asked = ["e299", "new", "e0", "", "e7", "e7", "\ud800", "e300"]
+    assert together.find_rows(asked) == one_by_one.find_rows(asked)
+    assert together.find_rows(asked) == [299, -1, 0, -1, 7, 7, -1, -1]
+    assert together.find_rows([]) == []
+    assert LiveBase(D, SPACE, table.row_of, 0, rows_of=IdTable.build([]).rows_of).find_rows(
+        ["e1"]
+    ) == [-1]
+
+
 def test_search_excluded_id_being_rewritten_stays_excluded() -> None:
     """A search holds the view in which the id lives; the writer has begun, and the next view
     is not there yet.
@@ -324,9 +360,9 @@ def test_search_excluded_id_being_rewritten_stays_excluded() -> None:
     index.set_live(state.view)
     query = VECTORS[300]
     assert index.search(query, 3).ids[0] == "e50"
-    state._apply(entry(50, 0, 3, delete=True))
+    state._apply(entry(50, 0, 3, delete=True), -1)
     assert "e50" not in index.search(query, 3, exclude_ids=["e50", "e7"]).ids
-    state._apply(entry(51, 302, 4))
+    state._apply(entry(51, 302, 4), -1)
     assert index.vector("e51") is not None
     assert not {"e50", "e51"} & set(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids)
     assert len(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids) == 10

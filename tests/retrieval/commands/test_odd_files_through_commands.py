@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 import pytest
@@ -16,24 +17,18 @@ from retrieval.start.recognition import as_flags
 from tests.helpers.odd_files import CASES, Odd, put
 from tests.helpers.real_server import SmallBundle, SmallStore, serving
 
-KINDS = (
-    *("spark.csv", "hive.csv", "mapped.csv", "mysql_null.csv", "postgres.tsv", "mysql_dump.tsv"),
-    *("excel_1252.csv", "excel_unicode.tsv", "packed.csv.gz", "packed.csv.zst", "packed.jsonl.zst"),
-    *("two.csv.zst", "spark_parts", "ints.parquet", "decimal.parquet", "large.parquet"),
-    *("dict.parquet", "z.parquet", "zstd.parquet"),
-)
-"""One of each way in which a file differs: dialect, encoding, packing, folders, types."""
+ACCEPTED = [case for case in CASES.values() if not isinstance(case.wanted, str)]
 CONFIG = """
 steps = 5
 precision = "fp32"
 checkpoint_every = 0
 [data]
-catalogue = ["{catalogue}"]
-pairs = ["{pairs}"]
+catalogue = [{catalogues}]
+pairs = [{pairs}]
 [model]
 query_encoder = "tiny-multilingual"
 [batch]
-pairs = 4
+pairs = 16
 [entity_tower]
 table_rows = 100
 hidden = [8]
@@ -42,69 +37,128 @@ fraction = 0.0
 """
 
 
+class File(NamedTuple):
+    """A file that validate accepted, and its rows."""
+
+    case: Odd
+    path: Path
+    rows: pl.DataFrame
+
+    @property
+    def flags(self) -> list[str]:
+        return as_flags(self.case.options)
+
+
 def omni(*arguments: object) -> None:
     result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, f"omni {arguments}: {result.output}"
 
 
-def train(catalogue: Path, pairs: Path, folder: Path) -> Path:
-    config = folder / "run.toml"
-    config.write_text(CONFIG.format(catalogue=catalogue, pairs=pairs))
-    omni("train", config, "--out", folder / "run", "--quiet")
-    return folder / "run" / "model"
+def validated(folder: Path) -> list[File]:
+    """Write all accepted files, each with ids of its own, and validate each."""
+    files = []
+    for number, case in enumerate(ACCEPTED):
+        place = folder / str(number)
+        place.mkdir()
+        path = put(case, place, f"c{number}_")
+        omni("data", "validate", path, "--table", "catalogue", *as_flags(case.options))
+        rows = check_table(path, "catalogue", reading=case.options).frame
+        files.append(File(case, path, rows))
+    return files
 
 
-def pairs_log(case: Odd, file: Path, folder: Path) -> tuple[Path, pl.DataFrame]:
-    """A log in which each entity of a file was saved for two queries."""
-    rows = check_table(file, "catalogue", reading=case.options).frame
-    log = rows.select("entity_type", entity_id="id", action=pl.lit("save"), user_id=pl.lit("u"))
+def tables(files: list[File]) -> list[list[File]]:
+    """Join files into tables: those of a table are read alike and have columns of one type each."""
+    joined: list[list[File]] = []
+    for file in files:
+        fitting = (one for one in joined if fits(one, file))
+        table = next(fitting, None)
+        if table is None:
+            joined.append([file])
+        else:
+            table.append(file)
+    return joined
+
+
+def fits(table: list[File], file: File) -> bool:
+    return all(
+        other.flags == file.flags
+        and not set(other.rows["id"]) & set(file.rows["id"])
+        and all(
+            name not in file.rows.schema or kind(file.rows.schema[name]) == kind(dtype)
+            for name, dtype in other.rows.schema.items()
+        )
+        for other in table
+    )
+
+
+def kind(dtype: pl.DataType) -> object:
+    return "number" if dtype.is_numeric() else dtype
+
+
+def pairs_of(table: list[File], folder: Path) -> Path:
+    """Run ``omni pairs`` on a log in which each entity was saved for two queries."""
+    log = pl.concat(
+        file.rows.select("entity_type", entity_id="id", action=pl.lit("save"), user_id=pl.lit("u"))
+        for file in table
+    )
     asked = [log.with_columns(query=pl.lit(query)) for query in ("red barn", "blue boat")]
-    path = folder / "log.parquet"
-    pl.concat(asked).with_columns(timestamp=pl.lit("2026-01-01T00:00:00Z")).write_parquet(path)
-    return path, rows
+    times = {"timestamp": pl.lit("2026-01-01T00:00:00Z")}
+    pl.concat(asked).with_columns(**times).write_parquet(folder / "log.parquet")
+    data = folder / "data"
+    omni(
+        *("pairs", "--log", folder / "log.parquet", *catalogues(table), "--out", data),
+        *("--heldout-days", 0, "--min-users", 1),
+    )
+    pairs = pl.read_parquet(data / "pairs" / "*.parquet")
+    assert set(pairs["entity_id"]) == set(log["entity_id"])
+    return data
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for pins and products."""
-    folder = tmp_path_factory.mktemp("trained")
-    things = [
-        (f"{kind}{n}", kind, f"red thing {n}") for kind in ("pin", "product") for n in range(9)
-    ]
-    entities = pl.DataFrame(things, schema=["id", "entity_type", "title"], orient="row")
-    entities.write_parquet(folder / "catalogue.parquet")
-    pairs = entities.select("entity_type", query="title", entity_id="id", split=pl.lit("train"))
-    pairs.write_parquet(folder / "pairs.parquet")
-    return train(folder / "catalogue.parquet", folder / "pairs.parquet", folder)
+def catalogues(table: list[File]) -> list[object]:
+    return [*(part for file in table for part in ("--catalogue", file.path)), *table[0].flags]
+
+
+def listed(paths: list[Path]) -> str:
+    return ", ".join(f'"{path}"' for path in paths)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_accepted_file_passes_pairs_train_rebuild_and_serve(
-    name: str, trained: Path, small_bundle: SmallBundle, tmp_path: Path
+@pytest.mark.timeout(900)
+def test_accepted_files_pass_pairs_train_rebuild_and_serve(
+    small_bundle: SmallBundle, tmp_path: Path
 ) -> None:
-    case = CASES[name]
-    file = put(case, tmp_path)
-    flags = as_flags(case.options)
-    omni("data", "validate", file, "--table", "catalogue", *flags)
-    log, rows = pairs_log(case, file, tmp_path)
-    data = tmp_path / "data"
-    omni(
-        *("pairs", "--log", log, "--catalogue", file, "--out", data, "--heldout-days", 0),
-        *(*flags, "--min-users", 1),
-    )
-    pairs = pl.read_parquet(data / "pairs" / "*.parquet")
-    assert set(pairs["entity_id"]) == set(rows["id"])
-    # Where options say how it is written, or queries are its only texts, training reads the table
-    # that `omni pairs` wrote
-    direct = not flags and bool({"title", "board_titles"} & set(rows.columns))
-    train(file if direct else data / "catalogue.parquet", data / "pairs", tmp_path)
-    store = tmp_path / "store"
-    omni("rebuild", "--store", store, "--bundle", trained, "--catalogue", file, *flags, "--quiet")
-    releases = ReleaseStore(store)
-    made = SmallStore(releases, small_bundle, releases.current() or "")
-    kinds = rows["entity_type"].unique().to_list()
+    """Files that fit together are read as one table, so that each command runs a few times."""
+    files = validated(tmp_path)
+    assert len(files) >= 60
+    trained_on: list[Path] = []
+    pairs = []
+    joined = tables(files)
+    for number, table in enumerate(joined):
+        folder = tmp_path / f"table{number}"
+        folder.mkdir()
+        data = pairs_of(table, folder)
+        pairs.append(data / "pairs")
+        # Where options say how a file is written, training reads what `omni pairs` wrote
+        flags = table[0].flags
+        trained_on += [data / "catalogue.parquet"] if flags else [file.path for file in table]
+    config = tmp_path / "run.toml"
+    config.write_text(CONFIG.format(catalogues=listed(trained_on), pairs=listed(pairs)))
+    omni("train", config, "--out", tmp_path / "run", "--quiet")
+    for number, table in enumerate(joined):
+        store = tmp_path / f"store{number}"
+        bundle = ("--bundle", tmp_path / "run" / "model")
+        omni("rebuild", "--store", store, *bundle, *catalogues(table), "--quiet")
+        check_served(
+            store, small_bundle, pl.concat([f.rows.select("id", "entity_type") for f in table])
+        )
+
+
+def check_served(folder: Path, bundle: SmallBundle, rows: pl.DataFrame) -> None:
+    """Serve a store; all of its entities must be found."""
+    releases = ReleaseStore(folder)
+    made = SmallStore(releases, bundle, releases.current() or "")
     with serving(made) as running, RetrievalClient(running.address) as client:
-        for kind in kinds:
-            hits = client.retrieve("red barn", kind, 10, attributes=["*"], fusion=False).hits
-            assert {hit.id for hit in hits} == set(rows.filter(entity_type=kind)["id"])
+        for (kind,), own in rows.group_by("entity_type"):
+            hits = client.retrieve("red barn", kind, 1000, attributes=["*"], fusion=False).hits
+            assert {hit.id for hit in hits} == set(own["id"])

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from retrieval.client.config import require_target
 from retrieval.client.results import Hit
-from retrieval.commands.query import command, rows_of
+from retrieval.commands.query import command, rows_of, usual_type
 from tests.helpers.real_server import Running
 
 
@@ -120,6 +120,21 @@ def test_query_table_has_an_emoji_column_where_a_hit_has_one() -> None:
     assert columns == ["#", "score", "", "title", "id", "tags"]
     assert rows[0] == [1, 0.9, "🐋", "whale", "a", "a, b, c, d, e, f …"]
     assert rows_of([Hit("a", 0.5, {})], []) == (["#", "score", "id"], [[1, 0.5, "a"]])
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"query": 50_000, "package": 1_000, "ad": 3}, "package"),
+        ({"query": 5, "pin": 1, "product": 9}, "pin"),
+        ({"query": 5}, "query"),
+        ({}, "pin"),
+    ],
+)
+def test_usual_type_is_no_known_query_where_there_is_anything_else(
+    counts: dict[str, int], expected: str
+) -> None:
+    assert usual_type(counts) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,17 @@ import time
 from collections.abc import Iterator
 
 import grpc
+import numpy as np
 import pytest
 
 from benchmarks.small_releases import entity_texts
+from index_builder.search.entity_index import SearchResult
 from index_builder.search.live_segments import LiveSegment
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.config import Limits
 from retrieval.releases.serving_release import ServingRelease
+from retrieval.service.answer_cache import AttributeCache, fill_attributes, serialize_hits
 from tests.helpers.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
@@ -59,6 +62,33 @@ def test_cached_answer_with_attributes_is_gone_after_a_live_write(
             pb.UpsertRequest(entity_type="pin", space_id=running.space_id, entities=[entity])
         )
     until(lambda: ask(stub, text, 3).hits[0].attributes["price"].double_value == 1234.5)
+
+
+def test_attribute_cache_beyond_its_bound_starts_anew() -> None:
+    cache = AttributeCache(max_bytes=5_000)
+    version = object()
+    rows = cache.rows(version, ["title"])
+    cache.put(rows, {"a": b"1"})
+    assert cache.rows(version, ["title"]) is rows and cache.rows(object(), ["title"]) == {}
+    assert 0 < cache.size_bytes <= 5_000
+    cache.put(rows, {"b": b"2" * 4_900})
+    assert rows["b"] and "a" in rows, "an answer that is being written keeps its rows"
+    assert cache.rows(version, ["title"]) == {} and cache.size_bytes <= 6_000
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 300, 20_000])
+def test_serialized_hits_are_read_back_whatever_their_length(length: int) -> None:
+    result = SearchResult(["a", "b"], np.array([0.5, 0.0], np.float32), "graph", 1, None, None)
+    rows = []
+    for text in ("x" * length, ""):
+        hit = pb.Hit()
+        fill_attributes(hit.attributes, {"title": text, "new": True, "n": 3, "no": None})
+        rows.append(hit.SerializeToString())
+    hits = pb.Answer.FromString(serialize_hits(result, rows)).hits
+    assert [(hit.id, hit.score) for hit in hits] == [("a", 0.5), ("b", 0.0)]
+    assert hits[0].attributes["title"].string_value == "x" * length
+    assert hits[1].attributes["new"].bool_value and hits[1].attributes["n"].int_value == 3
+    assert set(hits[0].attributes) == {"title", "new", "n"}
 
 
 def test_batch_and_multi_carry_the_attributes_of_single_calls(stub: rpc.RetrievalStub) -> None:

@@ -156,7 +156,7 @@ def test_fast_path_answer_is_that_of_the_full_path(
         {"diversity": 0.5},
         {"collapse_above": 0.9},
         {"exact": True},
-        {"attributes": ["title"]},
+        {"attributes": ["title", "price", "stock", "sale", "tags"], "k": 41},
         {"k": 101},
         {"query": "never asked before"},
     ],
@@ -166,6 +166,18 @@ def test_fast_path_request_that_is_not_plain_is_declined(running: Running, field
         running, pb.RetrieveRequest(**{"query": TEXTS[0], "entity_type": "pin", "k": 3, **fields})
     )
     assert fast is None and full.hits
+
+
+@pytest.mark.parametrize("names", [["title"], ["*"], ["tags", "nothing", "sale", "stock"]])
+def test_fast_path_hits_with_attributes_are_those_of_the_full_path(
+    running: Running, names: list[str]
+) -> None:
+    request = pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3, attributes=names)
+    for _ in range(2):  # read, then kept
+        fast, full = ask_both_paths(running, request)
+        assert fast is not None and list(fast.hits) == list(full.hits)
+        wanted = set(names) - {"nothing"} if names != ["*"] else {"title", "price", "tags"}
+        assert all(wanted <= set(hit.attributes) for hit in full.hits)
 
 
 def test_fast_path_invalid_request_is_declined_and_raises_nothing(running: Running) -> None:

@@ -1,0 +1,1 @@
+"""How many machines a size needs, by figures that were measured."""

@@ -17,6 +17,7 @@ import polars as pl
 
 from encoders.errors import SchemaError
 from encoders.tables.cells import cell_texts
+from encoders.tables.parts import leaf_type
 from encoders.tables.schemas import (
     EARLIEST_YEAR,
     MALFORMED,
@@ -29,7 +30,6 @@ from encoders.tables.schemas import (
     plain_entity_type,
     renames,
 )
-from encoders.tables.shapes import leaf_type
 
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks and time zones differ; an event further ahead than this is wrong."""

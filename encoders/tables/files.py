@@ -22,14 +22,15 @@ from encoders.tables.parts import (
     SUFFIXES,
     TableFile,
     TableSource,
+    check_shapes,
     format_of,
+    join_frames,
     source_name,
     table_files,
 )
 from encoders.tables.reading import read_chunks
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import MALFORMED, ROW, TableSchema, schema
-from encoders.tables.shapes import check_shapes, join_frames
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 log = logging.getLogger(__name__)

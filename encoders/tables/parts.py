@@ -1,15 +1,21 @@
-"""Find the files of a table: a file, a folder of part files, or hive folders (``country=DE/``)."""
+"""Find the files of a table, and join what was read from them.
+
+A table is a file, a folder of part files, or hive folders (``country=DE/``).
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 from urllib.parse import unquote
 
-from encoders.errors import DataError
+import polars as pl
+
+from encoders.errors import DataError, SchemaError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".ipc")
 DELIMITED = (".csv", ".tsv")
@@ -132,3 +138,86 @@ def _partition(folders: Path) -> dict[str, str | None]:
 def source_name(path: TableSource) -> str:
     """Name a table's files in messages."""
     return Path(path).name if isinstance(path, str | Path) else ", ".join(one.name for one in path)
+
+
+def check_shapes(rows: pl.DataFrame, where: str, shapes: dict[str, tuple[str, str]]) -> None:
+    """Remember where each column was first seen as what.
+
+    Raises:
+        SchemaError: A column is of another shape here; one vector a row beside several vectors a
+            row is no other shape.
+    """
+    for name, dtype in rows.schema.items():
+        shape = _shape(dtype)
+        if shape is None:
+            continue
+        known, first = shapes.setdefault(name, (shape, where))
+        if known != shape:
+            raise SchemaError(
+                f"column {name!r} holds {known} in {first}, but {shape} in {where}. Export it in"
+                " one form in all files."
+            )
+
+
+def _shape(dtype: pl.DataType) -> str | None:
+    """Name the shape of a column's cells; None: all of them are null."""
+    leaf, depth = leaf_type(dtype)
+    if leaf == pl.Null:
+        return None
+    if not depth:
+        return "records" if isinstance(leaf, pl.Struct) else "single values"
+    return "lists" if depth == 1 or leaf.is_numeric() else "lists of lists"
+
+
+def leaf_type(dtype: pl.DataType) -> tuple[pl.DataType, int]:
+    """Return what lists of lists hold in the end, and how deep."""
+    depth = 0
+    while isinstance(dtype, pl.List | pl.Array):
+        dtype = cast(pl.DataType, dtype.inner)
+        depth += 1
+    return dtype, depth
+
+
+def join_frames(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Join frames one below the other; times without a zone are UTC where others have one.
+
+    Raises:
+        SchemaError: No type holds the values that a column has in all of them.
+    """
+    zoned = {
+        name
+        for frame in frames
+        for name, dtype in frame.schema.items()
+        if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None
+    }
+    joined = [_zoned(frame, zoned) for frame in frames]
+    types: dict[str, set[pl.DataType]] = {}
+    for frame in joined:
+        for name, dtype in frame.schema.items():
+            types.setdefault(name, set()).add(dtype)
+    for name, found in types.items():
+        leaves = [leaf_type(dtype)[0] for dtype in found]
+        # Their common type would make a date the number of its day
+        if any(leaf.is_temporal() for leaf in leaves) and any(leaf.is_numeric() for leaf in leaves):
+            raise _no_common_type({name: found})
+    try:
+        return pl.concat(joined, how="diagonal_relaxed")
+    except pl.exceptions.PolarsError as error:
+        raise _no_common_type({n: t for n, t in types.items() if len(t) > 1}) from error
+
+
+def _no_common_type(types: Mapping[str, Collection[pl.DataType]]) -> SchemaError:
+    found = "; ".join(f"{name!r}: {', '.join(sorted(map(str, t)))}" for name, t in types.items())
+    return SchemaError(
+        f"a column must be of one type in all files, but got {found}. Export it as one, or leave it"
+        " out."
+    )
+
+
+def _zoned(frame: pl.DataFrame, names: Collection[str]) -> pl.DataFrame:
+    """Give the times of some columns the zone UTC where they have none."""
+    return frame.with_columns(
+        frame[name].dt.replace_time_zone("UTC")
+        for name, dtype in frame.schema.items()
+        if name in names and isinstance(dtype, pl.Datetime) and dtype.time_zone is None
+    )

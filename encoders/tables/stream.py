@@ -22,11 +22,17 @@ from encoders.errors import DataError, RowError, SchemaError
 from encoders.tables.cells import AttributeTypes, cell_texts
 from encoders.tables.checks import KEEP_ONE, Problem, check_frame
 from encoders.tables.files import raise_problems
-from encoders.tables.parts import TableFile, TableSource, source_name, table_files
+from encoders.tables.parts import (
+    TableFile,
+    TableSource,
+    check_shapes,
+    leaf_type,
+    source_name,
+    table_files,
+)
 from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import DTYPES, ROW, Kind, schema
-from encoders.tables.shapes import check_shapes, leaf_type
 from encoders.text.normal_forms import normalize_queries
 
 UInt64 = npt.NDArray[np.uint64]

@@ -234,9 +234,7 @@ class Trainer:
             )
         device = choose_device(config.device)
         if config.precision == "bf16" and not computes_bf16(device.type):
-            self._log.say(
-                "training in fp32: this processor has no instructions for bf16"
-            )
+            self._log.say("training in fp32: this processor has no instructions for bf16")
         return device
 
     def _create_optimiser(self) -> torch.optim.Optimizer:

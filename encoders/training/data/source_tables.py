@@ -14,7 +14,7 @@ from encoders.datasets.dataset import DEFAULT_ENGAGED_QUERIES, load_dataset
 from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
 from encoders.tables.files import read_table
-from encoders.tables.shapes import check_shapes, join_frames
+from encoders.tables.parts import check_shapes, join_frames
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,9 @@ from encoders.commands.data import group
 from encoders.errors import DataError, OmniError, SchemaError
 from encoders.tables import delimited
 from encoders.tables.files import check_table
-from encoders.tables.parts import TableFile
+from encoders.tables.parts import TableFile, join_frames
 from encoders.tables.reading import read_chunks
 from encoders.tables.reading_options import ReadingOptions
-from encoders.tables.shapes import join_frames
 from encoders.tables.stream import stream_catalogue
 from tests.helpers.odd_files import CASES, put
 from tests.helpers.odd_makers import HEADER, parquet, rows
@@ -173,11 +172,14 @@ def test_rejected_rows_of_parts_of_differing_types_are_listed(tmp_path: Path) ->
     assert rejected["x"].to_list() == ["{'a': 1}", "b'x'"]
 
 
-def test_parts_of_types_that_nothing_joins_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [pa.int8(), pa.int64(), pa.float64()])
+def test_parts_with_dates_and_numbers_in_a_column_are_refused(
+    number: pa.DataType, tmp_path: Path
+) -> None:
     days = pa.array([[dt.date(2024, 5, 1)]])
     parquet(id=pa.array(["p0"]), x=days)(tmp_path / "a.parquet")
-    parquet(id=pa.array(["p1"]), x=pa.array([[1]]))(tmp_path / "b.parquet")
-    with pytest.raises(SchemaError, match="'x'"):
+    parquet(id=pa.array(["p1"]), x=pa.array([[1]], pa.list_(number)))(tmp_path / "b.parquet")
+    with pytest.raises(SchemaError, match="'x': List"):
         check_table(tmp_path, "catalogue")
 
 

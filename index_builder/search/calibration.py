@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -402,7 +403,7 @@ class _KeptAnswers:
 
         The upper 95% bound of a Poisson count (three where none fell), over all that were.
         """
-        most = self.fallen + 1.645 * self.fallen**0.5 + 3
+        most = self.fallen + 1.645 * math.sqrt(self.fallen) + 3
         share = unsearched / max(1, len(self.recalls))
         return share * _FALL * min(1.0, most / max(1, self._again))
 

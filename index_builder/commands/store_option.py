@@ -11,15 +11,20 @@ from index_builder.errors import ReleaseError
 from index_builder.releases.store import ReleaseStore
 from index_builder.remote.object_store import is_url
 
-store_option = click.option(
-    "--store",
-    "store_path",
-    type=click.Path(path_type=Path, file_okay=False),
-    envvar="OMNI_STORE",
-    default=Path("store"),
-    show_default=True,
-    help="Folder with releases/ and live/ (also read from OMNI_STORE).",
-)
+
+class StoreFolder(click.Path):
+    """A folder as a path; a URL is refused with what to do."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check one value."""
+        if is_url(str(value)):
+            self.fail(
+                f"expected a folder, but got the URL {value}: `omni release pull` brings a release"
+                " into a folder",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
 
 
 class StoreOrUrl(click.Path):
@@ -29,6 +34,16 @@ class StoreOrUrl(click.Path):
         """Check one value."""
         return value if is_url(str(value)) else super().convert(value, param, ctx)
 
+
+store_option = click.option(
+    "--store",
+    "store_path",
+    type=StoreFolder(path_type=Path, file_okay=False),
+    envvar="OMNI_STORE",
+    default=Path("store"),
+    show_default=True,
+    help="Folder with releases/ and live/ (also read from OMNI_STORE).",
+)
 
 store_or_url_option = click.option(
     "--store",

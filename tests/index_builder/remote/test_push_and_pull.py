@@ -266,6 +266,8 @@ def test_commands_push_pull_list_and_gc_of_a_url(store: ReleaseStore, tmp_path: 
     assert (collected["removed"], collected["packs"]) == ([], 0)
     refused = run(group, "gc", "--store", url, "--drop-folded-log")
     assert refused.exit_code == 2 and "no live log" in refused.output
+    no_folder = run(group, "verify", "--store", url)
+    assert no_folder.exit_code == 2 and "omni release pull" in no_folder.output
     unknown = run(group, "pull", "gopher://nowhere", "--store", here)
     assert unknown.exit_code == 1 and "unknown kind" in unknown.output
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -34,6 +35,8 @@ Measured with tracemalloc, rounded up.
 
 HITS_TAG = bytes((pb.Answer.HITS_FIELD_NUMBER << 3 | 2,))
 """What stands before the length of one hit."""
+SCORE_TAG = bytes((pb.Hit.SCORE_FIELD_NUMBER << 3 | 5,))
+"""What stands before the four bytes of a score."""
 MAX_ATTRIBUTE_BYTES = 16 * 2**20
 """Of the attributes that one process keeps serialised."""
 ROW_OVERHEAD_BYTES = 200
@@ -146,29 +149,35 @@ def serialize_hits(result: SearchResult, attributes: Sequence[bytes] = ()) -> by
         attributes: Of each hit, as ``serialize_attributes`` returns them.
     """
     message = pb.Answer()
-    add_hits(message.hits, result)
     if not attributes:
+        add_hits(message.hits, result)
         serialized: bytes = message.SerializeToString()
         return serialized
+    if result.fused is None:
+        scores = result.scores.astype("<f4").tobytes()
+        heads = [SCORE_TAG + scores[at : at + 4] for at in range(0, len(scores), 4)]
+    else:
+        add_hits(message.hits, result)
+        heads = [hit.SerializeToString() for hit in message.hits]
     parts: list[bytes] = []
-    for hit, row in zip(message.hits, attributes, strict=True):
-        content = hit.SerializeToString() + row  # a message is the concatenation of its parts
-        parts += (HITS_TAG, varint(len(content)), content)
+    for head, row in zip(heads, attributes, strict=True):  # parts of a message may be concatenated
+        parts += (HITS_TAG, varint(len(head) + len(row)), head, row)
     return b"".join(parts)
 
 
 def serialize_attributes(
     index: EntityIndex, ids: Sequence[str], names: Sequence[str]
 ) -> list[bytes]:
-    """Return the serialised field ``Hit.attributes`` of each id; all are read at once."""
+    """Return hits with id and attributes alone, serialised; all attributes are read at once."""
     serialized = []
-    for values in index.attributes(ids, names):
-        hit = pb.Hit()
+    for id_, values in zip(ids, index.attributes(ids, names), strict=True):
+        hit = pb.Hit(id=id_)
         fill_attributes(hit.attributes, values)
         serialized.append(hit.SerializeToString())
     return serialized
 
 
+@lru_cache(4096)
 def varint(value: int) -> bytes:
     """Return a length as protobuf writes it: seven bits a byte, lowest first."""
     found = bytearray()

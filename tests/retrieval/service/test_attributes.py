@@ -80,8 +80,8 @@ def test_attribute_cache_beyond_its_bound_starts_anew() -> None:
 def test_serialized_hits_are_read_back_whatever_their_length(length: int) -> None:
     result = SearchResult(["a", "b"], np.array([0.5, 0.0], np.float32), "graph", 1, None, None)
     rows = []
-    for text in ("x" * length, ""):
-        hit = pb.Hit()
+    for id_, text in (("a", "x" * length), ("b", "")):
+        hit = pb.Hit(id=id_)
         fill_attributes(hit.attributes, {"title": text, "new": True, "n": 3, "no": None})
         rows.append(hit.SerializeToString())
     hits = pb.Answer.FromString(serialize_hits(result, rows)).hits

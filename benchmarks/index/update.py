@@ -153,7 +153,6 @@ def sustained(
     One writer sends 25 requests a second, each acknowledged on disk.
     """
     writer = LiveLogWriter(store.live_root, "pin", int(spare.shape[1]))
-    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)  # as a server does
     searches, stop = [0], threading.Event()
 
     def search() -> None:
@@ -327,6 +326,7 @@ def command(
                 path.unlink()
         release = store.open(store.ids()[0])
         follower = LiveFollower(store, release).start()
+        sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)  # as a server does
         rate_result = sustained(store, release.entity("pin"), follower, spare, rate, seconds)
         follower.stop()
         release.close()

@@ -28,6 +28,9 @@ BULK_SECONDS = 0.002
 
 So long an interactive text waits for bulk at most, as a forward pass cannot be interrupted.
 """
+QUIET_BULK_SECONDS = 0.02
+"""The same while no interactive text has come for ``QUIET_SECONDS``: larger batches cost less."""
+QUIET_SECONDS = 1.0
 BULK_TURN_SECONDS = 0.1
 """Bulk texts that wait have a batch at least so often, whatever else waits."""
 
@@ -60,15 +63,17 @@ class _Waiting:
 class _BulkRoom:
     """How many padded tokens a batch with bulk texts may have: learned from what they took."""
 
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self.tokens = LENGTH_BUCKETS[-1]
+    def __init__(self) -> None:
+        self._tokens_per_second = LENGTH_BUCKETS[-1] / BULK_SECONDS
+
+    def tokens(self, seconds: float) -> int:
+        """Estimate how many end within this time."""
+        return int(self._tokens_per_second * seconds)
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """Take in what a batch took; a small one says nothing about larger ones."""
-        if seconds > BULK_SECONDS or 2 * tokens >= self.tokens:
-            fitting = int(tokens * BULK_SECONDS / max(seconds, 1e-6))
-            self.tokens = max(1, min(fitting, 2 * self.tokens, self._max_tokens))
+        """Take in what a batch took; a small fast one says nothing about larger ones."""
+        if seconds > BULK_SECONDS or 2 * tokens >= self.tokens(BULK_SECONDS):
+            self._tokens_per_second = tokens / max(seconds, 1e-6)
 
 
 class Batcher:
@@ -109,8 +114,9 @@ class Batcher:
         self._max_delay_seconds = max_delay_seconds
         self._max_queue = max_queue
         self._queues: dict[Priority, deque[_Waiting]] = {kind: deque() for kind in Priority}
-        self._bulk_room = _BulkRoom(max_tokens)
+        self._bulk_room = _BulkRoom()
         self._bulk_turn = 0.0  # when the oldest bulk text went last
+        self._asked = 0.0  # when the last interactive text came
         self._runner: asyncio.Task[None] | None = None
         self._text_seconds = 0.005  # exponential average of encode time per text
         self._running = 0  # texts inside the encoder
@@ -171,6 +177,8 @@ class Batcher:
         if full is not None:
             raise full
         future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
+        if priority is Priority.INTERACTIVE:
+            self._asked = time.perf_counter()
         self._queues[priority].append(_Waiting(text, bucket_of(estimated_tokens(text)), future))
         if self._runner is None:
             self._runner = asyncio.ensure_future(self._run())
@@ -207,7 +215,9 @@ class Batcher:
             return []
         bucket = self._queues[leading][0].bucket
         room = max(1, self._max_tokens // bucket)
-        bulk_room = max(1, self._bulk_room.tokens // bucket)
+        quiet = time.perf_counter() - self._asked > QUIET_SECONDS
+        bulk_seconds = QUIET_BULK_SECONDS if quiet else BULK_SECONDS
+        bulk_room = max(1, self._bulk_room.tokens(bulk_seconds) // bucket)
         if leading is Priority.BULK:
             self._bulk_turn = time.perf_counter()
             return self._take(Priority.BULK, bucket, min(room, bulk_room))

@@ -197,11 +197,17 @@ async def test_batcher_slow_tower_takes_few_bulk_texts_at_a_time(tower: Tower, e
         return tower(texts)
 
     batcher = Batcher(slow, executor, DIMENSION)
-    await asyncio.gather(*submit(batcher, ["x"] * 40, Priority.BULK))
-    assert max(map(len, tower.batches[2:])) == 1, "two texts take longer than BULK_SECONDS"
+    await asyncio.gather(*submit(batcher, ["x"] * 30, Priority.BULK))
+    assert len(tower.batches[0]) > 1, "nobody else has asked"
+    tower.batches.clear()
+    await asyncio.gather(*submit(batcher, ["x"] * 30, Priority.BULK))
+    assert max(map(len, tower.batches)) <= 5, "six take longer than QUIET_BULK_SECONDS"
     tower.batches.clear()
     await asyncio.gather(*submit(batcher, ["x"] * 10, Priority.INTERACTIVE))
     assert max(map(len, tower.batches)) == 10, "those who wait share one pass"
+    tower.batches.clear()
+    await asyncio.gather(*submit(batcher, ["x"] * 5, Priority.BULK))
+    assert max(map(len, tower.batches)) == 1, "two take longer than BULK_SECONDS"
 
 
 async def test_batcher_bulk_text_has_its_turn_beside_endless_interactive_ones(

@@ -181,7 +181,7 @@ def command(
     prepared = _pair(plan, steps, {source.table for source, _ in files})
     zero_shot = sum(prepared.train_pairs.values()) < FEWEST_PAIRS
     model = _train(plan, steps, prepared, zero_shot=zero_shot)
-    report = _evaluate(plan, steps, model)
+    report = _evaluate(plan, steps, model, prepared)
     _build(plan, steps, model, prepared, zero_shot=zero_shot)
     steps.begin("ask", "start a server and ask it")
     with DemoServer(plan.store, port=ports.grpc, metrics_port=ports.page) as server:
@@ -323,8 +323,12 @@ def _train(plan: Plan, steps: Steps, prepared: Prepared, *, zero_shot: bool) -> 
     return run / "model"
 
 
-def _evaluate(plan: Plan, steps: Steps, model: Path) -> dict[str, Any] | None:
-    """Measure held-out queries beside BM25; None: none are held out."""
+def _evaluate(plan: Plan, steps: Steps, model: Path, prepared: Prepared) -> dict[str, Any] | None:
+    """Measure held-out queries beside BM25, as they are served; None: none are held out.
+
+    An evaluation gives entities without engaged queries those of the train pairs, unless told not
+    to; the release has the catalogue's alone.
+    """
     steps.begin("evaluate", "measure held-out queries beside BM25")
     if not has_held_out(plan.data):
         say("no pair is held out: nothing to measure")
@@ -332,6 +336,7 @@ def _evaluate(plan: Plan, steps: Steps, model: Path) -> dict[str, Any] | None:
     report = steps.ask(
         *("evaluate", model, "--data", plan.data, "--baselines", "bm25"),
         *("--max-queries", MOST_QUERIES),
+        *([] if prepared.has_engaged_queries else ["--engaged-queries", 0]),
     )
     return report
 

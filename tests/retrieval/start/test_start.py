@@ -319,6 +319,8 @@ def test_start_trains_on_ready_pairs_of_two_types_and_its_commands_can_be_repeat
     assert set(summary["recall@10"]) == {"listing", "seller"}
     assert all(r["queries"] and r["bm25"] >= 0 for r in summary["recall@10"].values())
     assert {"listing", "seller", "query"} == set(summary["entities"])
+    evaluate = next(line for line in summary["commands"] if line.startswith("omni evaluate"))
+    assert evaluate.endswith(" --engaged-queries 0 --json"), "the release has none either"
     rebuild = next(line for line in summary["commands"] if line.startswith("omni rebuild"))
     words = [sys.executable, "-m", "retrieval", *shlex.split(rebuild)[1:], "--quiet"]
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0

@@ -1,6 +1,7 @@
 """``omni start``: recognises files of other systems, chooses a config, and ends in answers."""
 
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -258,11 +259,19 @@ def test_as_shell_can_be_typed() -> None:
     assert as_shell(["data", "convert", "my file.csv"]) == "omni data convert 'my file.csv'"
 
 
+def check_log(text: str) -> None:
+    """Logged lines must be meant for people: none of libraries, no digits that say nothing."""
+    assert len(text.splitlines()) > 10
+    for line in text.splitlines():
+        assert not re.search(r"\b(DEBUG|INFO|WARNING)\b:", line), line
+        assert not re.search(r"\d\.\d{8}|\d{12}", re.sub(r"\S*/\S*", "", line)), line
+
+
 def start(out: Path, *arguments: object, check: bool = True) -> dict[str, Any]:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "retrieval", "start", "--out", str(out)),
-            *("--no-serve", "--json", "--quiet", *map(str, arguments)),
+            *("--no-serve", "--json", *map(str, arguments)),
         ],
         capture_output=True,
         text=True,
@@ -271,6 +280,8 @@ def start(out: Path, *arguments: object, check: bool = True) -> dict[str, Any]:
     if not check:
         return {"code": done.returncode, "error": done.stderr}
     assert done.returncode == 0, done.stderr[-3000:]
+    if "--quiet" not in arguments:
+        check_log(done.stderr)
     summary: dict[str, Any] = json.loads(done.stdout)
     return summary
 
@@ -281,7 +292,7 @@ def test_start_zero_shot_fuses_own_entity_type_and_answers(
     with_log: bool, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     shop, clicks = files
-    log = ["--log", clicks] if with_log else []
+    log = ["--log", clicks, "--quiet"] if with_log else []
     out = tmp_path / "out"
     summary = start(out, "--catalogue", shop, "--entity-type", "listing", *log)
     assert summary["zero_shot"]
@@ -314,7 +325,7 @@ def test_start_trains_on_ready_pairs_of_two_types_and_its_commands_can_be_repeat
     frame.write_csv(tmp_path / "p.csv")
     out = tmp_path / "out"
     arguments = ("--catalogue", tmp_path / "c.csv", "--pairs", tmp_path / "p.csv")
-    summary = start(out, *arguments, "--minutes", "0.1")
+    summary = start(out, *arguments, "--minutes", "0.1", "--quiet")
     assert not summary["zero_shot"]
     assert set(summary["recall@10"]) == {"listing", "seller"}
     assert all(r["queries"] and r["bm25"] >= 0 for r in summary["recall@10"].values())

@@ -123,7 +123,10 @@ def make_environment(terminal: Terminal, wheel: Path, *, borrow: bool) -> None:
         (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         pip += " --no-deps --no-index"
     wanted = f"-c {ROOT / 'constraints.txt'} '{wheel}[train]'"
-    terminal.run(f"{pip} {wanted} 2> pip.log", "pip install --quiet 'omnisearchsage[train]'")
+    shown = "pip install --quiet 'omnisearchsage[train]'"
+    if borrow:
+        shown = "pip install --no-deps omnisearchsage-*.whl   # its packages are lent, not installed"
+    terminal.run(f"{pip} {wanted} 2> pip.log", shown)
     check = "import retrieval; print(retrieval.__file__)"
     python = terminal.folder / "venv" / "bin" / "python"
     where = subprocess.run(

@@ -125,7 +125,7 @@ def make_environment(terminal: Terminal, wheel: Path, *, borrow: bool) -> None:
     wanted = f"-c {ROOT / 'constraints.txt'} '{wheel}[train]'"
     shown = "pip install --quiet 'omnisearchsage[train]'"
     if borrow:
-        shown = "pip install --no-deps omnisearchsage-*.whl   # its packages are lent, not installed"
+        shown = "pip install --no-deps omnisearchsage-*.whl  # its packages are lent"
     terminal.run(f"{pip} {wanted} 2> pip.log", shown)
     check = "import retrieval; print(retrieval.__file__)"
     python = terminal.folder / "venv" / "bin" / "python"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -26,14 +25,6 @@ DEEP_QUERIES = 500
 EF_GRID = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560)
 STOP_RECALL = 0.9995
 """Lower bound of the recall at which larger settings are no longer tried."""
-_CHECKED = 8
-"""Beyond the highest target, one in so many queries that were answered in full is searched again.
-
-A walk of larger ef goes on where one of smaller ef ends, so it hardly ever loses an answer. What it
-may lose is counted, and the lower bound is that much lower.
-"""
-_FALL = 0.2
-"""Share of its answers that such a query loses, if it does."""
 TIE = 1e-6
 """Inner products closer than this are ties: either entity is a right answer."""
 _EXACT_RUNS = 20
@@ -341,71 +332,23 @@ def _curve(
     scores: np.ndarray,
     ef_grid: Sequence[int],
 ) -> tuple[CurvePoint, ...]:
-    """Measure each ef that is at least k; ``scores`` float32 ``(Q, k)`` of the exact top k.
-
-    All queries are searched up to the ef that reaches the highest target; beyond it those that lack
-    an answer, and some of the others to see whether they keep theirs: all, should one not.
-    """
+    """Measure each ef that is at least k; ``scores`` float32 ``(Q, k)`` of the exact top k."""
     k = scores.shape[1]
-    kept = _KeptAnswers(len(queries))
     points: list[CurvePoint] = []
-
-    def run(rows: np.ndarray, ef: int) -> np.ndarray:
+    for ef in [ef for ef in ef_grid if ef >= k] or [k]:
         found: list[np.ndarray] = []
-        times = np.empty(len(rows))
-        for at, i in enumerate(rows.tolist()):
+        times = np.empty(len(queries))
+        for i in range(len(queries)):
             start = time.perf_counter_ns()
             found.append(search(queries[i : i + 1], k, ef))
-            times[at] = time.perf_counter_ns() - start
-        kept.update(rows, recall_per_query(found, queries[rows], vectors, scores[rows]))
-        return times
-
-    every = np.arange(len(queries))
-    for number, ef in enumerate([ef for ef in ef_grid if ef >= k] or [k]):
-        checked = every[(every + number) % _CHECKED == 0]
-        if points and points[-1].low >= TARGETS[-1] and len(checked):
-            lacking = np.setdiff1d(every[kept.recalls < 1.0], checked)
-            fallen = kept.fallen
-            times = run(checked, ef)
-            run(lacking, ef)
-            unsearched = np.setdiff1d(every, [*checked, *lacking])
-            if kept.fallen > fallen:
-                run(unsearched, ef)
-                unsearched = every[:0]
-        else:
-            times, unsearched = run(every, ef), every[:0]
+            times[i] = time.perf_counter_ns() - start
+        recalls = recall_per_query(found, queries, vectors, scores)
+        mean, low, high = (round(value, 5) for value in mean_interval(recalls))
         median, p95 = (round(float(t) / 1000, 1) for t in np.percentile(times, (50, 95)))
-        mean, low, high = mean_interval(kept.recalls)
-        low = max(0.0, low - kept.loss(len(unsearched)))
-        points.append(CurvePoint(ef, round(mean, 5), round(low, 5), round(high, 5), median, p95))
-        if points[-1].low >= STOP_RECALL or kept.recalls.min() == 1.0:  # nothing is left to find
+        points.append(CurvePoint(ef, mean, low, high, median, p95))
+        if low >= STOP_RECALL or recalls.min() == 1.0:  # nothing is left to find
             break
     return tuple(points)
-
-
-class _KeptAnswers:
-    """Recall of each query from ef to ef, and how often one answered in full falls back."""
-
-    def __init__(self, queries: int) -> None:
-        self.recalls = np.zeros(queries)
-        self.fallen = 0
-        self._again = 0
-
-    def update(self, rows: np.ndarray, recalls: np.ndarray) -> None:
-        """Take what the next ef reached for some queries."""
-        full = self.recalls[rows] == 1.0
-        self._again += int(np.count_nonzero(full))
-        self.fallen += int(np.count_nonzero(full & (recalls < 1.0)))
-        self.recalls[rows] = recalls
-
-    def loss(self, unsearched: int) -> float:
-        """Return how much of the mean recall queries that were not searched again lose at most.
-
-        The upper 95% bound of a Poisson count (three where none fell), over all that were.
-        """
-        most = self.fallen + 1.645 * math.sqrt(self.fallen) + 3
-        share = unsearched / max(1, len(self.recalls))
-        return share * _FALL * min(1.0, most / max(1, self._again))
 
 
 def latency_at_recall(

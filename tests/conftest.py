@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tests.helpers.real_server import Running, SmallBundle, SmallStore
+    from tests.helpers.serving.real_server import Running, SmallBundle, SmallStore
 
 # Properties are about values; how long an example takes says how busy the machine is.
 settings.register_profile("no_deadline", deadline=None)
@@ -40,7 +40,7 @@ def grpc_asyncio_stays() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> SmallBundle:
     """A bundle with a tiny query tower."""
-    from tests.helpers.real_server import make_small_bundle
+    from tests.helpers.serving.real_server import make_small_bundle
 
     return make_small_bundle(tmp_path_factory.mktemp("small") / "bundle")
 
@@ -48,7 +48,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> SmallBundle:
 @pytest.fixture(scope="session")
 def small_store(small_bundle: SmallBundle, tmp_path_factory: pytest.TempPathFactory) -> SmallStore:
     """A store with one release of 300 pins, 120 products, 80 queries and 60 ads."""
-    from tests.helpers.real_server import make_small_store
+    from tests.helpers.serving.real_server import make_small_store
 
     return make_small_store(tmp_path_factory.mktemp("small") / "store", small_bundle)
 
@@ -56,7 +56,7 @@ def small_store(small_bundle: SmallBundle, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def running_server(small_store: SmallStore) -> Iterator[Running]:
     """A server on the small store with the default settings; nothing is written through it."""
-    from tests.helpers.real_server import serving
+    from tests.helpers.serving.real_server import serving
 
     with serving(small_store) as running:
         yield running

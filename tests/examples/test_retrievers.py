@@ -10,7 +10,7 @@ import pytest
 
 from retrieval import RetrievalClient
 from retrieval.client import ClientConfig
-from tests.helpers.real_server import Running
+from tests.helpers.serving.real_server import Running
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENT = ClientConfig(deadline_seconds=50)

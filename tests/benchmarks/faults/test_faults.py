@@ -21,7 +21,7 @@ from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.towers.bundle import read_space_id
 from encoders.towers.query_tower import QueryEncoder
 from index_builder.releases.store import ReleaseStore
-from tests.helpers.real_server import SmallBundle
+from tests.helpers.serving.real_server import SmallBundle
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from benchmarks.serving.peer_servers import Process, echo_server, omni_server
 from benchmarks.serving.serve import more_workers, verdict
 from protos import retrieval_pb2 as pb
 from retrieval.client.results import RetrieveResult, Timings
-from tests.helpers.blocking_clients import failing_client, slow_client
-from tests.helpers.real_server import SmallStore
+from tests.helpers.serving.blocking_clients import failing_client, slow_client
+from tests.helpers.serving.real_server import SmallStore
 
 
 def result(cached: bool, timings: Timings) -> RetrieveResult:

@@ -25,8 +25,8 @@ from encoders.tables.parts import TableFile, join_frames
 from encoders.tables.reading import read_chunks
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.stream import stream_catalogue
-from tests.helpers.odd_files import CASES, put
-from tests.helpers.odd_makers import HEADER, parquet, rows
+from tests.helpers.tables.odd_files import CASES, put
+from tests.helpers.tables.odd_makers import HEADER, parquet, rows
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -34,7 +34,7 @@ from index_builder.remote.push import push_release
 from index_builder.remote.recipe import PACKS, RELEASES, Recipe, read_current
 from tests.helpers.release_makers import make_bundle, make_input, quick
 from tests.helpers.run_command import run
-from tests.helpers.s3_server import BUCKET, s3_server
+from tests.helpers.serving.s3_server import BUCKET, s3_server
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ from retrieval.client.errors import (
 from retrieval.client.requests import value_to_proto, vector_bytes
 from retrieval.client.results import value_to_python
 from retrieval.client.retries import RetryBudget, wait_before_retry
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 
 Step = Callable[[Any], Any]
 PATIENT = ClientConfig(deadline_seconds=50)

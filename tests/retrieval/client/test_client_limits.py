@@ -8,7 +8,7 @@ import pytest
 
 from retrieval.client import AsyncRetrievalClient, ClientConfig, RetrievalClient
 from retrieval.client.errors import CallError, InvalidRequest
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 
 TEXTS = [f"text {i}" for i in range(200)]
 """Their vectors are 25,600 bytes."""

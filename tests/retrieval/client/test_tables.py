@@ -11,7 +11,7 @@ import pytest
 from encoders.errors import MissingDependency
 from retrieval.client import RetrievalClient, Target
 from retrieval.client.results import Answer, Answers, FusedScore, Hit, RetrieveResult, Timings
-from tests.helpers.real_server import Running
+from tests.helpers.serving.real_server import Running
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 NASTY = '<script>alert("x")</script>\'"&'

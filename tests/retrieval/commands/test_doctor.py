@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from index_builder.releases.store import ReleaseStore
 from retrieval.commands import doctor
-from tests.helpers.real_server import SmallStore
+from tests.helpers.serving.real_server import SmallStore
 
 
 def findings(*arguments: object) -> tuple[int, dict[str, dict[str, str]]]:

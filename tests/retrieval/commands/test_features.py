@@ -12,8 +12,8 @@ import pytest
 from index_builder.releases.store import ReleaseStore
 from retrieval.commands import features
 from retrieval.commands.features import command
-from tests.helpers.real_server import Running, SmallStore
 from tests.helpers.run_command import run
+from tests.helpers.serving.real_server import Running, SmallStore
 
 
 def write_pairs(store: ReleaseStore, path: Path) -> pl.DataFrame:

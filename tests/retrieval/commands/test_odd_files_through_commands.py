@@ -14,8 +14,8 @@ from index_builder.releases.store import ReleaseStore
 from retrieval.cli import main
 from retrieval.client import RetrievalClient
 from retrieval.start.recognition import as_flags
-from tests.helpers.odd_files import CASES, Odd, put
-from tests.helpers.real_server import SmallBundle, SmallStore, serving
+from tests.helpers.serving.real_server import SmallBundle, SmallStore, serving
+from tests.helpers.tables.odd_files import CASES, Odd, put
 
 ACCEPTED = [case for case in CASES.values() if not isinstance(case.wanted, str)]
 CONFIG = """

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from retrieval.client.config import require_target
 from retrieval.client.results import Hit
 from retrieval.commands.query import command, rows_of, usual_type
-from tests.helpers.real_server import Running
+from tests.helpers.serving.real_server import Running
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from retrieval.demo.questions import QUESTIONS
 from retrieval.demo.server_process import DemoServer
 from retrieval.errors import CannotListen, ServerDied
 from retrieval.server.server import create_server
-from tests.helpers.real_server import SmallStore
+from tests.helpers.serving.real_server import SmallStore
 
 
 @pytest.mark.slow

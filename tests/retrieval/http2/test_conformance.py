@@ -13,7 +13,7 @@ import pytest
 
 from retrieval.http2 import frames
 from retrieval.http2.headers import literal
-from tests.helpers.raw_http2 import (
+from tests.helpers.serving.raw_http2 import (
     FIELDS,
     HELLO,
     Running,

@@ -6,7 +6,7 @@ import pytest
 
 from retrieval.http2 import frames
 from retrieval.observability.metric_catalogue import CATALOGUE
-from tests.helpers.raw_http2 import (
+from tests.helpers.serving.raw_http2 import (
     FIELDS,
     HELLO,
     Running,

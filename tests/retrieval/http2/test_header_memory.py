@@ -13,7 +13,7 @@ from retrieval.http2.calls import MethodTable
 from retrieval.http2.connection import Connection
 from retrieval.http2.header_blocks import HeaderReader
 from retrieval.http2.server import Http2Server
-from tests.helpers.raw_http2 import FIELDS, HELLO, Behaviour, request
+from tests.helpers.serving.raw_http2 import FIELDS, HELLO, Behaviour, request
 
 KIB = 2**10
 CALLS = 200

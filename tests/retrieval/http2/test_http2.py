@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from retrieval.http2 import frames
 from retrieval.http2.limits import CONTROL_FRAME_BUDGET
-from tests.helpers.raw_http2 import (
+from tests.helpers.serving.raw_http2 import (
     FIELDS,
     HELLO,
     MAX_RECEIVE,

@@ -20,7 +20,7 @@ from retrieval.http2.limits import (
     MAX_BUFFERED_BYTES,
 )
 from retrieval.http2.responses import ResponseWriter
-from tests.helpers.raw_http2 import (
+from tests.helpers.serving.raw_http2 import (
     FIELDS,
     HELLO,
     Code,

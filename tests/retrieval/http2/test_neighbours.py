@@ -18,7 +18,7 @@ from retrieval.http2 import frames, limits
 from retrieval.http2.calls import Call, Head, UnaryHandler
 from retrieval.http2.limits import CONTROL_FRAME_BUDGET, Lifetimes
 from retrieval.http2.server import Http2Server, connections_allowed
-from tests.helpers.raw_http2 import (
+from tests.helpers.serving.raw_http2 import (
     FIELDS,
     HELLO,
     Code,

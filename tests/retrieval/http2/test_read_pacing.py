@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from retrieval.http2.limits import ReadPacer
-from tests.helpers.raw_http2 import (
+from tests.helpers.serving.raw_http2 import (
     HELLO,
     Running,
     body,

@@ -7,7 +7,7 @@ import pytest
 
 from retrieval.http2 import frames, limits
 from retrieval.http2.limits import CONTROL_FRAME_BUDGET
-from tests.helpers.raw_http2 import (
+from tests.helpers.serving.raw_http2 import (
     HELLO,
     Running,
     body,

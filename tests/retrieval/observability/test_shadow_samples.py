@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from retrieval.observability.metrics import Metrics
 from retrieval.observability.shadow_recall import WINDOW_SECONDS, Sample, ShadowRecall
-from tests.helpers.real_server import SmallStore, serving
+from tests.helpers.serving.real_server import SmallStore, serving
 from tests.helpers.waiting import until
 
 

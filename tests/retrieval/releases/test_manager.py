@@ -20,7 +20,7 @@ from retrieval.config import ServeConfig
 from retrieval.errors import AddressInUse
 from retrieval.process_tuning import freeze_start_up_objects
 from retrieval.server.server import Server, create_server
-from tests.helpers.real_server import start_server
+from tests.helpers.serving.real_server import start_server
 from tests.helpers.waiting import until_async
 
 

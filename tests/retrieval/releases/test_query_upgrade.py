@@ -30,7 +30,7 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from tests.helpers.real_server import start_server
+from tests.helpers.serving.real_server import start_server
 
 COUNTS = {"pin": 300, "product": 120}
 EASY = RebuildConfig(min_recall=0.5, golden_queries=8)

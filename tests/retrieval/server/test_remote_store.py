@@ -24,7 +24,7 @@ from index_builder.remote.recipe import PACKS
 from index_builder.remote.watch import read_status
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from tests.helpers.s3_server import BUCKET, s3_server
+from tests.helpers.serving.s3_server import BUCKET, s3_server
 from tests.helpers.waiting import until
 
 ASK = pb.RetrieveRequest(query="red cat", entity_type="pin", k=3)

@@ -24,8 +24,8 @@ from retrieval.config import ServeConfig
 from retrieval.errors import PermissionDenied
 from retrieval.security import VISITOR
 from retrieval.server import reloading
-from tests.helpers.certificates import Certificates, make_certificates, needs_openssl
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.certificates import Certificates, make_certificates, needs_openssl
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
 ASK = pb.RetrieveRequest(query="red cat", entity_type="pin", k=3)

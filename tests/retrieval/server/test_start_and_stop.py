@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from tests.helpers.real_server import Running, SmallStore
+from tests.helpers.serving.real_server import Running, SmallStore
 from tests.helpers.waiting import until
 
 ASK = pb.RetrieveRequest(query="red cat", entity_type="pin", k=3)

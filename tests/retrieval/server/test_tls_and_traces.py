@@ -18,8 +18,8 @@ from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client.errors import CallError
 from retrieval.service.handlers import RETRIEVAL
 from retrieval.tls import ServerTls, TlsFiles
-from tests.helpers.certificates import Certificates, make_certificates, needs_openssl
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.certificates import Certificates, make_certificates, needs_openssl
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
 

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from protos import retrieval_pb2_grpc as rpc
-from tests.helpers.real_server import Running
+from tests.helpers.serving.real_server import Running
 
 
 @pytest.fixture(scope="module")

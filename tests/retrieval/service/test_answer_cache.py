@@ -26,7 +26,7 @@ from retrieval.service.answer_cache import (
     cache_key,
 )
 from retrieval.service.search_request import SearchRequest
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
 TEXTS = entity_texts(30)

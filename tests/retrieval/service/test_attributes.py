@@ -16,7 +16,7 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.config import Limits
 from retrieval.releases.serving_release import ServingRelease
 from retrieval.service.answer_cache import AttributeCache, fill_attributes, serialize_hits
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
 TEXTS = entity_texts(40)

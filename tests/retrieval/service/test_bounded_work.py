@@ -41,7 +41,7 @@ from retrieval.service.handlers import Method, MethodHandler
 from retrieval.service.query_vectors import Query
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import Searcher
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
 Code = grpc.StatusCode

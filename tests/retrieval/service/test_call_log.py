@@ -12,7 +12,7 @@ import pytest
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.observability.call_log import CallLog, FinishedCall
-from tests.helpers.real_server import SmallStore, serving
+from tests.helpers.serving.real_server import SmallStore, serving
 
 ASK = pb.RetrieveRequest(query="private words", entity_type="pin", k=3, request_id="r-7")
 

@@ -23,7 +23,7 @@ from retrieval.service.handlers import MethodHandler, retrieve_method, search_ga
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import cost_key
 from retrieval.service.service import RetrievalService
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 
 TEXTS = entity_texts(30)
 

@@ -20,7 +20,7 @@ from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
 from retrieval.client import EntityWrite, RetrievalClient, Target
 from retrieval.client.errors import CallError
-from tests.helpers.real_server import Running, SmallBundle, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallBundle, SmallStore, serving
 from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.slow

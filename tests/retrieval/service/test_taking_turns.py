@@ -19,7 +19,7 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.service.admission import Admission
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import Searcher, cost_key
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
 

@@ -14,7 +14,7 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.bounds.work_threads import WorkThreads
 from retrieval.encoding.batcher import Batcher
 from retrieval.service.service import RetrievalService
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import PATIENCE_SECONDS, until
 
 Code = grpc.StatusCode

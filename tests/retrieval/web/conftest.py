@@ -19,8 +19,8 @@ from index_builder.fusion.probability import ProbabilityCurve
 from index_builder.fusion.weights import given_fusion
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
-from tests.helpers.node_clients import install_node_clients
-from tests.helpers.real_server import Running, SmallBundle, SmallStore, serving
+from tests.helpers.serving.node_clients import install_node_clients
+from tests.helpers.serving.real_server import Running, SmallBundle, SmallStore, serving
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

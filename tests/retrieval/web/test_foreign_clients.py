@@ -12,10 +12,10 @@ import pytest
 
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from tests.helpers.certificates import make_certificates, needs_openssl
-from tests.helpers.node_clients import descriptor_set
-from tests.helpers.proxies import haproxy, needs_haproxy, needs_nginx, nginx
-from tests.helpers.real_server import COUNTS, Running, SmallStore, serving
+from tests.helpers.serving.certificates import make_certificates, needs_openssl
+from tests.helpers.serving.node_clients import descriptor_set
+from tests.helpers.serving.proxies import haproxy, needs_haproxy, needs_nginx, nginx
+from tests.helpers.serving.real_server import COUNTS, Running, SmallStore, serving
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 ASK = pb.RetrieveRequest(query="red cat", entity_type="pin", k=3)

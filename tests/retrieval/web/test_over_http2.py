@@ -19,9 +19,9 @@ from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.http2 import frames, responses
 from retrieval.web import over_http2
-from tests.helpers.certificates import make_certificates, needs_openssl
-from tests.helpers.raw_http2 import HELLO, goaway_code, read_frames, read_until_pong
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.certificates import make_certificates, needs_openssl
+from tests.helpers.serving.raw_http2 import HELLO, goaway_code, read_frames, read_until_pong
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 ASK = {"query": "red cat", "entityType": "pin", "k": 3}

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from benchmarks.small_releases import small_release
 from retrieval.web import page as web_page
 from retrieval.web.page import Page, guarded
-from tests.helpers.browser import focus, keys, settled, text_of, wait
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.browser import focus, keys, settled, text_of, wait
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 
 NAMELESS = """
 return [...document.querySelectorAll('button, input, [role]')].filter(e => {

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from tests.helpers.real_server import Running, serving
+from tests.helpers.serving.real_server import Running, serving
 
 
 def fetch(running: Running, path: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.browser import focus, keys, settled, text_of, wait
-from tests.helpers.real_server import Running
+from tests.helpers.serving.browser import focus, keys, settled, text_of, wait
+from tests.helpers.serving.real_server import Running
 
 pytestmark = pytest.mark.slow
 AXE = "axe-core@4.14.1"

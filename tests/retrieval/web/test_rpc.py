@@ -23,8 +23,8 @@ from retrieval.http2.messages import inflated
 from retrieval.web import dialects
 from retrieval.web.http_calls import SMALL_BODY_BYTES, BodyBudget
 from retrieval.web.http_errors import CallFailed
-from tests.helpers.node_clients import descriptor_set
-from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.serving.node_clients import descriptor_set
+from tests.helpers.serving.real_server import Running, SmallStore, serving
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 ASK = {"query": "red cat", "entityType": "pin", "k": 3}

@@ -20,7 +20,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 
 from encoders.tables.reading_options import ReadingOptions
-from tests.helpers.odd_makers import HEADER, PIN, Odd, Write, arrow, gz, parquet, rows
+from tests.helpers.tables.odd_makers import HEADER, PIN, Odd, Write, arrow, gz, parquet, rows
 
 _NOON = dt.datetime(2024, 5, 1, 12, tzinfo=dt.UTC)
 _NAIVE = _NOON.replace(tzinfo=None)

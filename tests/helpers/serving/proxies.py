@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.certificates import Certificates
-from tests.helpers.real_server import Running
+from tests.helpers.serving.certificates import Certificates
+from tests.helpers.serving.real_server import Running
 from tests.helpers.waiting import until
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[3] / "deploy"
 # Debian keeps them where the PATH of ordinary users may not look
 SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin"
 NGINX = shutil.which("nginx", path=SBIN)

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from encoders.tables.reading_options import ReadingOptions
-from tests.helpers.odd_exports import exports
-from tests.helpers.odd_makers import (
+from tests.helpers.tables.odd_exports import exports
+from tests.helpers.tables.odd_makers import (
     HEADER,
     INTEGERS,
     PIN,

@@ -112,9 +112,8 @@ def echo_server(response_bytes: int) -> Iterator[Process]:
 
 def require_fastapi() -> None:
     """Raise ``MissingDependency`` unless all that the FastAPI server needs is installed."""
-    for name in ("fastapi", "httptools", "orjson"):
-        if util.find_spec(name) is None:
-            raise MissingDependency(name, "bench", "The FastAPI server to compare with")
+    if any(util.find_spec(name) is None for name in ("fastapi", "httptools", "orjson")):
+        raise MissingDependency("fastapi", "bench", "The FastAPI server to compare with")
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from encoders.allocator import freed_memory_kept
 from encoders.config.train_config import TrainConfig, to_table
 from encoders.errors import CheckpointError, ConfigError
 from encoders.interruption import StopRequest
@@ -258,7 +257,7 @@ class Trainer:
         self._towers.train()
         self._watch = Stopwatch(earlier=self._state.seconds)
         # Of several processes, one that stops alone would leave the others waiting for it.
-        with StopRequest(active=world_size() == 1) as stop, freed_memory_kept():
+        with StopRequest(active=world_size() == 1) as stop:
             while not self._is_over():
                 is_logged = self._is_logged(self._state.step + 1)
                 report = self._take_step(measure=is_logged)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.registry import _registry as remembered_classes
 
 from encoders.errors import MissingDependency
 from index_builder.building.build import build_release
@@ -296,6 +297,8 @@ def test_store_without_its_library_names_it(
     module: str, url: str, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
+    # fsspec remembers the classes that another test of this process has used.
+    monkeypatch.delitem(remembered_classes, url.partition(":")[0], raising=False)
     with pytest.raises((MissingDependency, RemoteUnreachable), match=wanted):
         ObjectStore(url)
 

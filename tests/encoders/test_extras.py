@@ -54,6 +54,7 @@ def imported() -> Iterator[tuple[str, Path]]:
                         yield top, path.relative_to(ROOT)
 
 
+@pytest.mark.slow
 def test_every_imported_package_is_of_the_client_or_names_its_extra() -> None:
     known = OF_THE_CLIENT | OWN_ERROR | set(EXTRA_OF_MODULE) | {"benchmarks"}
     unknown = {name: str(path) for name, path in imported() if name not in known}

@@ -44,6 +44,7 @@ def test_read_beyond_the_most_removes_the_oldest(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
+@pytest.mark.slow
 def test_text_embedding_of_another_process_is_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def _extras_named() -> Iterator[tuple[str, str | None]]:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", extra.value
 
 
+@pytest.mark.slow
 def test_missing_dependency_names_an_extra_that_exists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = dict(_extras_named())
@@ -45,6 +46,7 @@ def test_missing_dependency_names_an_extra_that_exists() -> None:
     assert unknown == {}
 
 
+@pytest.mark.slow
 def test_int8_graph_without_the_extension_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("index_builder.ann.int8_graph.Engine", None)
     monkeypatch.setattr("index_builder.storage.engine_arrays.Engine", None)
@@ -56,6 +58,7 @@ def test_int8_graph_without_the_extension_says_what_to_do(monkeypatch: pytest.Mo
     assert isinstance(error.value, MissingDependency)
 
 
+@pytest.mark.slow
 def test_symqg_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rabitqlib", None)
     monkeypatch.setattr("index_builder.ann.choice.require_cpu", lambda kind: None)

@@ -71,6 +71,7 @@ def test_recall_bench_release_reads_the_other_half_from_a_clean_tree(
     assert pairs["dev"] + pairs["test"] == 4
 
 
+@pytest.mark.slow
 def test_downstream_bench_compares_vectors_with_fasttext(tmp_path, monkeypatch):
     pytest.importorskip("fasttext")
     monkeypatch.setattr(

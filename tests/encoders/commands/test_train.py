@@ -90,6 +90,7 @@ def test_train_command_finished_run_repeated_changes_nothing(folder: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_train_command_bundle_of_another_space_is_replaced(folder: Path) -> None:
     assert omni_train(folder).exit_code == 0
     first = load_bundle(folder / "out" / "model").space_id

@@ -188,6 +188,7 @@ def test_compare_spaces_turned_space_adapter_restores_recall(
     }
 
 
+@pytest.mark.slow
 def test_compare_spaces_adapter_without_gain_is_not_used(
     bundles: tuple[Path, Path], tmp_path: Path
 ) -> None:

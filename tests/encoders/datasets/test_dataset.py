@@ -98,6 +98,7 @@ def test_query_entities_are_distinct_strings_by_count(sample):
     assert set(train["split"]) == {"train"} and train.height < queries.height
 
 
+@pytest.mark.slow
 def test_related_query_pairs_never_leak_and_never_repeat_query(sample):
     few = sample.pairs.filter(
         pl.col("entity_id").is_in(sample.of_type("pin")["id"].head(150).implode())

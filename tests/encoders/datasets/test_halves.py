@@ -16,6 +16,7 @@ def pairs(queries: list[str], split: str = "heldout") -> pl.DataFrame:
     return pl.DataFrame({"query": queries, "split": split})
 
 
+@pytest.mark.slow
 def test_rows_of_split_halves_are_whole_queries_disjoint_and_cover() -> None:
     sample = load_sample(images=False, engaged_queries=0)
     held, dev, test = (sample.split(name) for name in ("heldout", "dev", "test"))

@@ -66,6 +66,7 @@ def slow_list_rank(scores, entity, corpus, group, answers):
     return 1 + sorted(listed, key=lambda i: (-scores[i], i)).index(best[group[entity]])
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([None, 1, 4, 30]), st.booleans(), st.booleans())
 def test_rank_task_random_scores_equal_slow_ranking(seed, corpus_size, grouped, holes):

@@ -134,6 +134,7 @@ def test_relative_difference_of_nothing_is_unknown() -> None:
     assert all(math.isnan(value) for value in found)
 
 
+@pytest.mark.slow
 def test_minimum_detectable_effect_is_found_in_80_of_100_samples() -> None:
     """A true difference of that size is significant about as often as promised."""
     rng = np.random.default_rng(1)

@@ -408,6 +408,7 @@ ODD_LISTS = ("[1,2", '[1,"a"]', "[[1],[2]]", "[null]")
 odd_cells = st.sampled_from([*ODD_NUMBERS, *ODD_TEXTS, *ODD_LISTS, None])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SCHEMAS)), st.data())
 def test_check_frame_any_cells_are_good_or_rejected(name: str, data: st.DataObject) -> None:

@@ -109,6 +109,7 @@ def test_analyse_any_texts_equals_slow_reference(texts):
     assert fast_ngrams(texts) == [slow_ngrams(text) for text in texts]
 
 
+@pytest.mark.slow
 def test_analyse_every_code_point_between_letters_equals_slow_reference():
     texts = [f"a{chr(code)}b" for code in range(0x110000)]
     for start in range(0, len(texts), 16_384):
@@ -150,6 +151,7 @@ def test_analyse_keys_are_equal_only_for_equal_ngrams(texts):
     assert len(set().union(*keys.values())) == len(keys) if keys else True
 
 
+@pytest.mark.slow
 def test_analyse_many_similar_words_have_distinct_keys():
     words = [
         f"{a}{b}{c}{d}" for a in "ab01" for b in "abcdefgh" for c in "xyzxyz" for d in range(2_000)
@@ -210,6 +212,7 @@ def test_tokenize_any_texts_equals_lookup_of_each_ngram(seen, unseen, size):
         assert Counter(ids[offsets[i] : offsets[i + 1]].tolist()) == wanted
 
 
+@pytest.mark.slow
 def test_counter_any_batches_equals_exact_counts(monkeypatch):
     rng = random.Random(0)
     texts = [

@@ -103,6 +103,7 @@ def test_fold_examples(raw, folded):
     assert fold(raw) == folded
 
 
+@pytest.mark.slow
 def test_fold_every_code_point_is_idempotent():
     changed = [
         c

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ def characters(run: str) -> set[str]:
     return set(grams) - {"  "}
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(query, max_size=5))
 @example(["", "a", " ", "中文字", "c++ a+b"])

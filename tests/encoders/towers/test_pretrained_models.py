@@ -95,6 +95,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pooling",
     [
@@ -133,6 +134,7 @@ def test_declared_dense_layer_and_activation_are_kept(tmp_path: Path, activation
     )
 
 
+@pytest.mark.slow
 def test_new_tower_starts_at_the_models_own_cosines(tmp_path: Path) -> None:
     folder = str(save(tmp_path, bert()))
     wide = create_query_encoder(folder, 48).encode(TEXTS)

@@ -95,6 +95,7 @@ def test_create_query_encoder_unknown_name_lists_shipped() -> None:
         create_query_encoder("./no-such-folder")
 
 
+@pytest.mark.slow
 def test_create_query_encoder_from_scratch_keeps_shape_only(tower: QueryEncoder) -> None:
     fresh = create_query_encoder("tiny-multilingual", pretrained=False)
     mine, theirs = dict(tower.named_parameters()), dict(fresh.named_parameters())
@@ -122,6 +123,7 @@ def test_export_forms_stay_within_tolerance(
         assert (report.texts, report.overlap_at_10, report.within_tolerance) == (few, 1.0, True)
 
 
+@pytest.mark.slow
 def test_load_bundle_changed_file_is_refused(tower: QueryEncoder, tmp_path: Path) -> None:
     from encoders.towers.entity_features import EntityFeaturizer
     from encoders.towers.entity_tower import create_entity_encoder

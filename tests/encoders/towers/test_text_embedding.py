@@ -165,6 +165,7 @@ def test_entity_tower_load_other_text_embedding_is_refused(
         EntityEncoder.load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 def test_featurizer_save_tower_replaced_meanwhile_is_not_saved(
     packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

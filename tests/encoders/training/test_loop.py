@@ -172,6 +172,7 @@ def test_train_unified_towers_are_one_object_separate_are_not() -> None:
     assert set(separate.entity_encoders) == {"pin", "product"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimiser", ["adamw", "lamb"])
 def test_train_each_precision_and_optimiser_lowers_loss(precision: str, optimiser: str) -> None:
@@ -203,6 +204,7 @@ def test_train_zero_token_rate_moves_only_transformer() -> None:
     assert not torch.equal(after.transformer.transformer.layer[0].ffn.lin1.weight, layer)
 
 
+@pytest.mark.slow
 def test_train_patience_stops_early_with_best_towers(tmp_path: Path) -> None:
     options = {
         "validation": {"fraction": 0.2, "every_steps": 2, "patience": 2},
@@ -222,6 +224,7 @@ def test_train_patience_stops_early_with_best_towers(tmp_path: Path) -> None:
     assert_equal(again, on_disk)
 
 
+@pytest.mark.slow
 def test_train_start_of_other_run_goes_on_with_its_towers() -> None:
     first = run(steps=30)
     second = run(steps=1, start=first.start)

@@ -61,6 +61,7 @@ def test_train_ngrams_without_held_back_queries_have_the_default_weight() -> Non
     assert result.metrics["query_ngram_weight"] == 0.5
 
 
+@pytest.mark.slow
 def test_train_twice_gives_the_same_table() -> None:
     first, second = run(1 << 10), run(1 << 10)
     texts = ["zq01x red", "zq39x rug"]

@@ -60,6 +60,7 @@ def test_residual_weights_chosen_per_type_leave_what_was_trained(folder: Path) -
         assert alone[1.0][key] == trained.metrics[key]
 
 
+@pytest.mark.slow
 def test_residual_weight_zero_is_text_embedding(folder: Path) -> None:
     rows = world().catalogue.head(5)
     vectors = run(folder, [0.0]).entity_encoders["pin"].encode(rows)

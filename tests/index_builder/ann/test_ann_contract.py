@@ -46,6 +46,7 @@ def test_contract_covers_every_kind() -> None:
     assert {str(index.values[0]) for index in INDEXES} == set(KINDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "config"), INDEXES)
 def test_index_saved_and_loaded_finds_what_exact_search_finds(
     kind: str, config: AnnConfig, tmp_path: Path
@@ -99,6 +100,7 @@ def test_load_without_files_or_of_other_vectors_raises_index_format_error(
         load_index(kind, tmp_path / "index", vectors[:-1], config)
 
 
+@pytest.mark.slow
 def test_reproducible_builds_give_the_same_bytes(tmp_path: Path) -> None:
     vectors = text_vectors(N)[:1_200]
     for name in ("a", "b"):

@@ -50,6 +50,7 @@ def recall(index: AnnIndex, vectors: np.ndarray, queries: np.ndarray, ef: int) -
     return float(np.mean([scores >= kth - 1e-6 for scores, kth in zip(found, exact[:, -1:])]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sketched", [True, False])
 def test_carried_over_finds_what_a_full_build_finds(tmp_path: Path, sketched: bool) -> None:
     vectors = text_vectors(2_000)
@@ -67,6 +68,7 @@ def test_carried_over_finds_what_a_full_build_finds(tmp_path: Path, sketched: bo
     assert links is not None and unreachable_nodes(links) == 0
 
 
+@pytest.mark.slow
 def test_carried_over_unchanged_corpus_gives_the_same_arrays(tmp_path: Path) -> None:
     vectors = text_vectors(N)
     earlier = earlier_index(tmp_path, vectors)
@@ -199,6 +201,7 @@ def test_carried_over_damaged_links_are_refused(tmp_path: Path) -> None:
         carried_over(earlier, vectors, config)
 
 
+@pytest.mark.slow
 def test_node_now_finds_equal_vectors_only() -> None:
     vectors = text_vectors(200)
     order = np.random.default_rng(0).permutation(200)

@@ -322,6 +322,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: str, entity_type: str) -> N
     monkeypatch.setattr(EntityIndex, step, interrupted)
 
 
+@pytest.mark.slow
 def test_build_after_interruption_takes_over_what_was_finished(
     bundle: Path,
     store: ReleaseStore,

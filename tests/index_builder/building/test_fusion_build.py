@@ -88,6 +88,7 @@ def test_build_texts_and_pairs_give_words_votes_and_weights(
         assert release.fused["ad"].fusion is None
 
 
+@pytest.mark.slow
 def test_build_twice_gives_the_same_bytes(tmp_path: Path, bundle: Path) -> None:
     digests = []
     for name in ("a", "b"):
@@ -127,6 +128,7 @@ def test_rebuild_from_active_keeps_words_votes_and_weights(
         assert fused.fusion.recall == (), "it was measured of other indexes"
 
 
+@pytest.mark.slow
 def test_rebuild_of_other_known_queries_drops_votes_of_types_taken_over(
     store: ReleaseStore, bundle: Path
 ) -> None:
@@ -152,6 +154,7 @@ def test_build_pairs_without_known_queries_fit_words_alone(
         assert fused.fusion is not None and fused.fusion.enabled
 
 
+@pytest.mark.slow
 def test_build_with_enough_queries_fits_a_query_gate(store: ReleaseStore, bundle: Path) -> None:
     asked = [f"lamp sku{1000 + i}" for i in range(COUNT)]
     texts = nonsense_queries(300)

@@ -76,6 +76,7 @@ def test_rebuild_after_few_changes_carries_the_graph_over(
         assert f"pin-{N - 1}" not in found
 
 
+@pytest.mark.slow
 def test_rebuild_adds_up_changes_until_a_full_build(bundle: Path, store: ReleaseStore) -> None:
     built(bundle, store, pins())
     shares = [built(bundle, store, pins(changed=n)) for n in (100, 180, 260, 300)]
@@ -84,6 +85,7 @@ def test_rebuild_adds_up_changes_until_a_full_build(bundle: Path, store: Release
     assert [s.get("changed_since_full") for s in shares] == [0.1, 0.18, None, 0.04]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -157,6 +159,7 @@ def test_rebuild_by_auto_carries_links_of_symqg_over(bundle: Path, store: Releas
         assert np.mean([index.search(changed[i], 1).ids == [f"pin-{i}"] for i in range(60)]) > 0.9
 
 
+@pytest.mark.slow
 def test_rebuild_over_kind_without_links_says_which_kind(bundle: Path, store: ReleaseStore) -> None:
     built(bundle, store, pins(), "hnsw")
     second = built(bundle, store, pins(changed=10))

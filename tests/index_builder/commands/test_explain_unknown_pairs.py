@@ -39,6 +39,7 @@ def write_pairs(folder: Path, *entity_ids: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_explain_sample_pairs_of_other_catalogue_are_refused(store: ReleaseStore) -> None:
     result = misses(store)
     assert result.exit_code == 1 and result.stdout == ""

@@ -216,6 +216,7 @@ def _like(pattern: str) -> re.Pattern[str]:
     return re.compile(result, re.DOTALL)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.recursive(_leaf(), _combine, max_leaves=6))
 def test_selected_rows_follow_three_valued_logic(case: tuple[str, Any]) -> None:
@@ -352,6 +353,7 @@ def test_texts_that_are_not_all_dates_stay_texts() -> None:
     assert BoundFilter(parse_filter('a < "2024-06"'), table).select().as_rows().tolist() == [0]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.datetimes(min_value=datetime(1, 1, 2), max_value=datetime(9999, 12, 30)),
@@ -393,6 +395,7 @@ def test_times_compare_in_the_form_of_live_updates() -> None:
 CACHE = SelectionCache(TABLE)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(_combine(_leaf()) | _leaf())
 def test_filters_of_one_shape_share_parsing_only(pair: tuple[str, Any]) -> None:

@@ -65,6 +65,7 @@ def test_fit_few_queries_or_no_hits_give_no_gate() -> None:
     assert fit_gate(cases._replace(hits=np.zeros(400))) is None
 
 
+@pytest.mark.slow
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
 def test_fit_bound_holds_whatever_the_signals(seed: int, cosine: float, share: float) -> None:
     cases = drawn((cosine, share), seed, count=120)

@@ -71,6 +71,7 @@ def test_search_every_row_scores_near_the_formula(texts: list[str], query: str) 
         assert float(hits.scores.max(initial=0)) <= index.query(query).maximum
 
 
+@pytest.mark.slow
 @given(
     TEXTS,
     st.lists(WORDS, min_size=1, max_size=4).map(" ".join),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ VALUES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(VALUES, max_size=9), max_size=12), st.data())
 def test_search_appended_rows_equals_one_segment(
     batches: list[list[dict[str, object]]], data: st.DataObject

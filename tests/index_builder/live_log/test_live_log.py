@@ -130,6 +130,7 @@ def test_writer_torn_tail_is_cut_off(tmp_path: Path, cut: int) -> None:
     assert [e.id for e in read_all(tmp_path)] == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(position=st.floats(0, 0.9999), bit=st.integers(0, 7), which=st.integers(0, 10))
 def test_reader_any_flipped_bit_is_refused(

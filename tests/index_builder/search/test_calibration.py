@@ -92,6 +92,7 @@ def test_recall_per_query_counts_ties_by_recomputed_scores() -> None:
     assert recall_per_query([np.array([0])], query, vectors, exact).tolist() == [0.5]
 
 
+@pytest.mark.slow
 def test_calibrate_real_index_gives_rising_curve() -> None:
     vectors, queries = text_vectors(3_150)[:3_000], text_vectors(3_150)[3_000:]
     index = build_index("hnsw", vectors, AnnConfig(m=8, ef_construction=60))
@@ -112,6 +113,7 @@ def test_calibrate_real_index_gives_rising_curve() -> None:
         )
 
 
+@pytest.mark.slow
 def test_calibrate_stops_where_every_query_is_answered_in_full() -> None:
     vectors, queries = text_vectors(400)[:300], text_vectors(400)[300:]
     tried = []

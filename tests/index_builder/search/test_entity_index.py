@@ -411,6 +411,7 @@ def test_search_without_extension_gives_same_answers(
             )
 
 
+@pytest.mark.slow
 def test_search_disconnected_graph_still_gives_k_answers() -> None:
     vectors = islands()
     ids = [str(i) for i in range(len(vectors))]

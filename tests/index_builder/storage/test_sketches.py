@@ -17,6 +17,7 @@ from tests.helpers.real_vectors import text_vectors
 pytestmark = pytest.mark.skipif(Engine is None, reason="the extension was not compiled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "dimension"), [(1, 64), (31, 64), (64, 64), (1_000, 64), (1_500, 100), (700, 7)]
 )
@@ -68,6 +69,7 @@ def test_sketch_scan_of_few_candidates_finds_nearly_all() -> None:
     assert found / (10 * len(queries)) >= 0.95
 
 
+@pytest.mark.slow
 def test_engine_with_sketches_that_do_not_fit_raises_index_format_error() -> None:
     vectors = text_vectors(300)
     store = EngineArrays.build(vectors, None, sketches=True)

@@ -666,6 +666,7 @@ def test_client_shared_by_threads_keeps_answers_apart(running: Running) -> None:
         )
 
 
+@pytest.mark.slow
 def test_client_restarted_server_is_found_again(tmp_path: Path) -> None:
     with scripted() as (address, _):
         client = RetrievalClient(

@@ -410,6 +410,7 @@ def test_request_malformed_message_gets_typed_error(
     assert ("grpc-status", str(code.value[0])) in hpack.Decoder().decode(headers[-1])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(

@@ -90,6 +90,7 @@ def upload(stream: int, content: bytes) -> bytes:
 # --- memory ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [0, frames.END_STREAM])
 def test_buffers_messages_of_unanswered_calls_are_counted(running: Running, flags: int) -> None:
     """Whole ones, too: of streams that have not ended, and those that a method is working on."""

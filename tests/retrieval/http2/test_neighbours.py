@@ -194,6 +194,7 @@ def test_budget_fills_up_with_time(running: Running, monkeypatch: pytest.MonkeyP
 # --- headers ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -273,6 +274,7 @@ def test_buffers_of_all_connections_are_bounded_and_the_largest_ends(
             assert body(read_frames(other, ended(1)), 1) == b"now"
 
 
+@pytest.mark.slow
 def test_answers_that_nobody_reads_are_bounded(running: Running) -> None:
     """A peer with endless windows that does not read: its calls wait unread instead."""
     content = b"now" + bytes(200_000)
@@ -337,6 +339,7 @@ def test_idle_and_old_connections_are_asked_to_go_and_lose_no_call() -> None:
 # --- how many ---
 
 
+@pytest.mark.slow
 def test_connections_beyond_the_limit_replace_the_idlest() -> None:
     with small_server(max_connections=5) as running, contextlib.ExitStack() as stack:
         busy = stack.enter_context(running.connect())

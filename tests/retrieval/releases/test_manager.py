@@ -44,6 +44,7 @@ def whole(answer: pb.RetrieveResponse) -> bool:
     )
 
 
+@pytest.mark.slow
 async def test_swap_under_load_loses_and_mixes_no_answers(
     store: ReleaseStore,
 ) -> None:
@@ -165,6 +166,7 @@ async def test_swap_broken_release_is_refused_and_the_old_one_keeps_serving(
     await server.stop(0)
 
 
+@pytest.mark.slow
 async def test_start_without_a_release_waits_and_serves_when_one_appears(
     store: ReleaseStore,
 ) -> None:

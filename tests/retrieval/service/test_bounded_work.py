@@ -435,6 +435,7 @@ def held_calls() -> dict[int, object]:
     return {id(item): item for item in gc.get_objects() if isinstance(item, kinds)}
 
 
+@pytest.mark.slow
 def test_failed_calls_leave_nothing_behind(running: Running, channel: grpc.Channel) -> None:
     """No collection is needed to free what a failed call held."""
     stub = rpc.RetrievalStub(channel)

@@ -54,6 +54,7 @@ def test_access_log_has_a_line_per_call_without_query_text(
     assert "private" not in str([line.getMessage() for line in lines])
 
 
+@pytest.mark.slow
 def test_slow_calls_have_a_line_and_quick_ones_none(
     small_store: SmallStore, lines: list[logging.LogRecord]
 ) -> None:

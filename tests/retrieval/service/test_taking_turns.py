@@ -128,6 +128,7 @@ def test_retrieve_batch_reranking_lets_others_be_answered(
     assert answered > 3
 
 
+@pytest.mark.slow
 def test_retrieve_of_a_new_text_is_encoded_before_the_texts_of_a_batch(
     running: Running, stub: rpc.RetrievalStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

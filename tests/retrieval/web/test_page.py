@@ -177,6 +177,7 @@ async def test_picture_sample_images_are_read_only_for_its_releases(
     assert reads == ["sample"]
 
 
+@pytest.mark.slow
 def test_sample_marks_are_ids_of_the_sample() -> None:
     from encoders.datasets.dataset import load_sample
 
@@ -289,6 +290,7 @@ def test_page_is_usable_by_keyboard_alone(running: Running, browser: Any) -> Non
     )
 
 
+@pytest.mark.slow
 def test_page_queries_tab_click_searches(running: Running, browser: Any) -> None:
     browser.get(running.http + "/?q=blue+fish&type=query")
     wait(browser, settled)

@@ -12,28 +12,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
-import polars as pl
 
-from encoders.errors import InvalidVectors, MissingDependency, SpaceMismatch
-from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound
+from encoders.errors import ConfigError, InvalidVectors, MissingDependency, SpaceMismatch
+from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound, RemoteUnreachable
 from index_builder.filters.field_types import FieldType
 from index_builder.filters.selection import ID_FIELD
-from index_builder.filters.times import period_of
-from index_builder.releases.milvus_filters import milvus_expression, time_field
+from index_builder.releases.milvus_columns import (
+    VECTOR_FIELD,
+    copied_attributes,
+    insert_request,
+)
+from index_builder.releases.milvus_filters import milvus_expression
 from index_builder.releases.release import Release
 from index_builder.search.entity_index import EntityIndex, SearchResult
 from index_builder.storage.corpus import unit_vector
 
-VECTOR_FIELD = "embedding"
 MAX_ID_BYTES = 2048
 NAME_LIMIT = 255
+CONNECT_SECONDS = 10.0
+PLAN = "milvus"
+"""Of answers that Milvus gave."""
 _ALIAS_NOT_FOUND = 1600
 _NORM_TOLERANCE = 0.005
 _ABSENT = re.compile(r"not found|n[o']t exist", re.IGNORECASE)
@@ -56,18 +62,72 @@ class MilvusConfig:
     batch_rows: int = 5_000
     timeout_seconds: float = 600.0
 
+    @classmethod
+    def of_uri(cls, uri: str, **settings: Any) -> MilvusConfig:
+        """Read ``milvus://HOST:PORT``, ``http://HOST:PORT`` or ``https://...``, with ``/PREFIX``.
+
+        Args:
+            uri: A path is the prefix of collections and aliases; without one it is ``omni``.
+            settings: Other fields.
+
+        Raises:
+            ConfigError: It is no such URI.
+        """
+        parts = urlsplit(uri)
+        prefix = parts.path.strip("/") or "omni"
+        if parts.scheme not in ("milvus", "http", "https") or not parts.netloc:
+            raise ConfigError(
+                f"Milvus: expected milvus://HOST:PORT, or with /PREFIX behind it, but got {uri!r}."
+            )
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", prefix):
+            raise ConfigError(
+                "Milvus: expected a prefix of at most 32 letters a-z, digits and _, but got"
+                f" {prefix!r}."
+            )
+        scheme = "https" if parts.scheme == "https" else "http"
+        return cls(uri=f"{scheme}://{parts.netloc}", prefix=prefix, **settings)
+
+
+class Pushed(NamedTuple):
+    """What a push has done."""
+
+    release_id: str
+    recall: dict[str, float]
+    """ANN recall@10 on the golden queries by entity type, as Milvus answers them."""
+    active: bool
+    removed: list[str]
+    """Releases that were collected."""
+
 
 def connect(config: MilvusConfig) -> Any:
     """Open a ``pymilvus.MilvusClient``.
 
     Raises:
         MissingDependency: pymilvus is not installed.
+        RemoteUnreachable: Nobody answers there.
     """
     try:
         from pymilvus import MilvusClient
     except ImportError as error:
         raise MissingDependency("pymilvus", "milvus", "Serving a release from Milvus") from error
-    return MilvusClient(config.uri, token=config.token, timeout=config.timeout_seconds)
+    with milvus_errors(config.uri):
+        return MilvusClient(config.uri, token=config.token, timeout=CONNECT_SECONDS)
+
+
+@contextmanager
+def milvus_errors(uri: str) -> Iterator[None]:
+    """Turn what pymilvus and gRPC raise into ``RemoteUnreachable``, which says what Milvus said."""
+    try:
+        from pymilvus import MilvusException
+    except ImportError as error:
+        raise MissingDependency("pymilvus", "milvus", "Serving a release from Milvus") from error
+    import grpc
+
+    try:
+        yield
+    except (MilvusException, grpc.RpcError) as error:
+        said = str(getattr(error, "message", "") or error)[:300]
+        raise RemoteUnreachable(f"Milvus at {uri} does not answer, or refuses: {said}") from error
 
 
 def collection_name(prefix: str, entity_type: str, release_id: str) -> str:
@@ -96,6 +156,69 @@ class MilvusReleases:
         """Close the connection."""
         self.client.close()
 
+    def push(
+        self,
+        release: Release,
+        *,
+        activate: bool = True,
+        keep: int = 2,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Pushed:
+        """Publish a release, move the aliases to it, and remove the oldest ones.
+
+        Args:
+            release: What to copy.
+            activate: Whether the aliases move, once every golden query has been answered.
+            keep: Releases that stay, this one included; 1 or more. One that an alias names stays in
+                any case.
+            progress: Told what goes on.
+
+        Raises:
+            GateFailed: As ``publish``; no alias has moved.
+        """
+        recall = self.publish(release, progress=progress)
+        if activate:
+            self.activate(release.release_id, release.entities)
+        return Pushed(
+            release.release_id, recall, activate, self.collect(keep, {release.release_id})
+        )
+
+    def held(self) -> dict[str, list[str]]:
+        """Return the releases under this prefix, in the order of their copies, and their types."""
+        found: dict[str, list[str]] = {}
+        numbers: dict[str, int] = {}
+        for name in self.client.list_collections():
+            if not name.startswith(f"{self.config.prefix}_"):
+                continue
+            try:
+                about = self._about(name)
+            except ReleaseError:  # of somebody else
+                continue
+            release_id, entity_type = about["release_id"], about["entity_type"]
+            if name != collection_name(self.config.prefix, entity_type, release_id):
+                continue  # of another prefix that begins as this one does
+            found.setdefault(release_id, []).append(entity_type)
+            numbers[release_id] = max(numbers.get(release_id, 0), about["number"])
+        return {
+            release_id: sorted(found[release_id])
+            for release_id in sorted(found, key=lambda one: (numbers[one], one))
+        }
+
+    def collect(self, keep: int, spared: Collection[str] = ()) -> list[str]:
+        """Remove all but the ``keep`` newest releases; those active or spared stay, and count.
+
+        Returns:
+            Ids of the releases that went.
+        """
+        held = self.held()
+        active = {self.active(kind) for kinds in held.values() for kind in kinds}
+        safe = (active | set(spared)) & held.keys()
+        others = [release_id for release_id in held if release_id not in safe]
+        gone = others[: max(0, len(held) - max(keep, len(safe)))]
+        for release_id in gone:
+            self.drop(release_id, held[release_id])
+        return gone
+
     def publish(
         self, release: Release, *, progress: Callable[[str], None] = lambda _: None
     ) -> dict[str, float]:
@@ -103,8 +226,9 @@ class MilvusReleases:
 
         Readers see nothing of it yet.
 
-        A collection that an interrupted copy left behind is dropped and made again. One that an
-        alias serves is never touched: it is only checked.
+        A collection that holds all rows already is only checked, so an interrupted publishing goes
+        on where it was; what it left half done is dropped and made again. One that an alias serves
+        is never touched.
 
         Returns:
             ANN recall@10 on the golden queries by entity type.
@@ -122,7 +246,8 @@ class MilvusReleases:
                     self._check_count(name, entity_type, len(index.ids))
                 else:
                     copied.append(entity_type)
-                    self._copy(name, release, entity_type, index, progress)
+                    if not self._is_whole(name, len(index.ids)):
+                        self._copy(name, release, entity_type, index, progress)
                 recall[entity_type] = self._golden_recall(name, release, entity_type)
                 progress(
                     f"{entity_type}: {len(index.ids):,} rows in {name}, ANN recall@10"
@@ -225,6 +350,8 @@ class MilvusReleases:
         """
         from pymilvus import MilvusException
 
+        if alias not in self.client.list_aliases("")["aliases"]:
+            return None
         try:
             return str(self.client.describe_alias(alias)["collection_name"])
         except MilvusException as error:
@@ -239,13 +366,39 @@ class MilvusReleases:
     def _about(self, name: str) -> dict[str, Any]:
         try:
             about: dict[str, Any] = json.loads(self.client.describe_collection(name)["description"])
-            needed = {key: about[key] for key in ("release_id", "space_id", "dimension")}
-            return {**needed, "attributes": about.get("attributes")}
+            needed = {
+                key: about[key] for key in ("release_id", "space_id", "dimension", "entity_type")
+            }
+            return {
+                **needed,
+                "attributes": about.get("attributes"),
+                "number": int(about.get("number", 0)),
+            }
         except (ValueError, KeyError) as error:
             raise ReleaseError(
                 f"Milvus collection {name} does not say which release it holds ({error}). Publish"
                 " the release again."
             ) from error
+
+    def _is_whole(self, name: str, rows: int) -> bool:
+        """Return whether a collection holds all rows and can be searched."""
+        if not self.client.has_collection(name):
+            return False
+        if int(self.client.get_collection_stats(name)["row_count"]) != rows:
+            return False
+        if not self.client.list_indexes(name):
+            return False
+        self.client.load_collection(name)
+        return True
+
+    def _next_number(self) -> int:
+        """Return a number above those of all copies here, whatever the clock says."""
+        numbers = [0]
+        for name in self.client.list_collections():
+            if name.startswith(f"{self.config.prefix}_"):
+                with suppress(ReleaseError):
+                    numbers.append(self._about(name)["number"])
+        return max(numbers) + 1
 
     def _copy(
         self,
@@ -264,7 +417,8 @@ class MilvusReleases:
             "space_id": release.space_id,
             "dimension": release.dimension,
             "entity_type": entity_type,
-            "attributes": _copied(index),
+            "attributes": copied_attributes(index),
+            "number": self._next_number(),
         }
         schema = self.client.create_schema(
             auto_id=False, enable_dynamic_field=True, description=json.dumps(about)
@@ -292,10 +446,15 @@ class MilvusReleases:
         total = len(index.ids)
         for start in range(0, total, self.config.batch_rows):
             rows = np.arange(start, min(total, start + self.config.batch_rows))
-            self.client.insert(name, list(_rows(index, rows)))
+            self._send(name, insert_request(name, index, rows))
             progress(f"{index.entity_type}: {start + len(rows):,} of {total:,} rows copied")
         self.client.flush(name)
         self._check_count(name, index.entity_type, total)
+
+    def _send(self, name: str, request: Any) -> None:
+        """Insert columns; the client's own functions would make a Python object of each number."""
+        handler = self.client._get_connection()
+        handler.batch_insert(name, [], insert_param=request, schema={"fields": []})
 
     def _check_count(self, name: str, entity_type: str, rows: int) -> None:
         """Compare the rows of a collection with those of the release.
@@ -312,66 +471,34 @@ class MilvusReleases:
 
     def _golden_recall(self, name: str, release: Release, entity_type: str) -> float:
         golden = release.golden(entity_type)
+        if not len(golden.vectors):
+            return 1.0
         index = MilvusIndex(
             self.client,
             MilvusCollection(name, entity_type, release.release_id, release.dimension, {}),
             self.config,
         )
         exact = release.entities[entity_type]
+        asked = MilvusSearch(10, consistency="Strong")  # the copy, whole, has just been made
         shares = []
-        for vector in golden.vectors:
+        for vector, (found, _) in zip(
+            golden.vectors, index.nearest(golden.vectors, asked), strict=True
+        ):
             wanted = set(exact.search(vector, 10, exact=True, live=None).ids)
-            shares.append(len(wanted & set(index.search(vector, 10).ids)) / max(1, len(wanted)))
+            shares.append(len(wanted & set(found)) / max(1, len(wanted)))
         return float(np.mean(shares))
 
 
-def _copied(index: EntityIndex) -> dict[str, FieldType]:
-    """Return the attributes that a copy holds, with their types."""
-    schema = index.attribute_table.schema
-    return {name: schema[name] for name in schema if name not in (ID_FIELD, VECTOR_FIELD)}
+class MilvusSearch(NamedTuple):
+    """What Milvus is asked beside the queries."""
 
-
-def _rows(index: EntityIndex, rows: np.ndarray) -> Iterable[dict[str, Any]]:
-    """Return base rows as Milvus takes them: missing values are missing keys."""
-    types = _copied(index)
-    ids = index.ids.take(rows)
-    nodes = index.corpus.node_of_row
-    vectors = index.corpus.vectors[rows if nodes is None else nodes[rows]]
-    attributes = index.attribute_table.values(rows, list(types))
-    dtypes = index.attribute_table.frame.schema
-    singles = {name for name in types if dtypes[name] in (pl.Float32, pl.List(pl.Float32))}
-    for id_, vector, values in zip(ids, vectors, attributes, strict=True):
-        fields = {
-            name: _shortest(value) if name in singles else value
-            for name, value in values.items()
-            if not _is_missing(value)
-        }
-        times = {
-            time_field(name): _instants(value)
-            for name, value in fields.items()
-            if types[name] in ("time", "list<time>")
-        }
-        yield {ID_FIELD: id_, VECTOR_FIELD: vector, **fields, **times}
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _shortest(value: Any) -> Any:
-    """Return the shortest decimal that a float32 reads as, which filters write; of lists, each."""
-    if isinstance(value, list):
-        return [_shortest(item) for item in value]
-    return None if value is None else float(str(np.float32(value)))
-
-
-def _instants(value: str | list[str]) -> int | list[int]:
-    """Return the microseconds since 1970 of a time or of each of a list."""
-    if isinstance(value, str):
-        period = period_of(value)
-        assert period is not None, "every value of the column is a time"
-        return period.low
-    return [_instants(text) for text in value if text is not None]  # type: ignore[misc]
+    k: int
+    filter: str | None = None
+    exclude_ids: Collection[str] = ()
+    consistency: str = "Eventually"
+    """A copy does not change once it is whole; ``Strong`` waits 0.2 s for the cluster's clock."""
+    timeout_seconds: float | None = None
+    """None: that of the configuration."""
 
 
 class MilvusCollection(NamedTuple):
@@ -420,33 +547,52 @@ class MilvusIndex:
         norm = float(np.linalg.norm(vector))
         if not abs(norm - 1) < _NORM_TOLERANCE:  # of NaN, too
             raise InvalidVectors(f"the query must have norm 1, but got {norm:.4f}. Normalise it.")
-        vector = unit_vector(vector)
+        asked = MilvusSearch(k, filter, exclude_ids)
+        ((ids, scores),) = self.nearest(unit_vector(vector)[None], asked)
+        if min_score is not None:
+            kept = int(np.count_nonzero(scores >= min_score))
+            ids, scores = ids[:kept], scores[:kept]
+        return SearchResult(ids, scores, PLAN, self.ef(k), None, None)
+
+    def ef(self, k: int) -> int:
+        """Return the candidate-list size of a search; 0 where the index has none."""
+        given = self._config.search_params.get("ef")
+        return 0 if given is None else max(int(given), k)
+
+    def nearest(
+        self, queries: np.ndarray, asked: MilvusSearch
+    ) -> list[tuple[list[str], np.ndarray]]:
+        """Find ids and scores for each of ``queries`` float32 ``(B, D)``, unit rows; best first.
+
+        Raises:
+            FilterError: The filter does not parse or fit, or Milvus cannot ask it.
+            ReleaseError: The copy does not say which attributes it holds.
+            MilvusException: Milvus does not answer in time.
+        """
         parameters = {**self._config.search_params}
         if "ef" in parameters:
-            parameters["ef"] = max(int(parameters["ef"]), k)
-        parts = [] if filter is None else [self._translated(filter)]
-        if exclude_ids:
-            listed = json.dumps(sorted(exclude_ids), ensure_ascii=False)
+            parameters["ef"] = self.ef(asked.k)
+        parts = [] if asked.filter is None else [self._translated(asked.filter)]
+        if asked.exclude_ids:
+            listed = json.dumps(sorted(asked.exclude_ids), ensure_ascii=False)
             parts.append(f"{ID_FIELD} not in {listed}")
-        expression = " and ".join(f"({part})" for part in parts)
         found = self._client.search(
             self._collection.name,
-            [vector],
-            limit=k,
-            filter=expression,
+            list(queries),
+            limit=asked.k,
+            filter=" and ".join(f"({part})" for part in parts),
             anns_field=VECTOR_FIELD,
             search_params={"metric_type": "IP", "params": parameters},
-            consistency_level="Strong",
-        )[0]
-        hits = [
-            (str(hit[ID_FIELD]), float(hit["distance"]))
-            for hit in found
-            if min_score is None or hit["distance"] >= min_score
-        ]
-        scores = np.array([score for _, score in hits], dtype=np.float32)
-        return SearchResult(
-            [id_ for id_, _ in hits], scores, "milvus", int(parameters.get("ef", 0)), None, None
+            consistency_level=asked.consistency,
+            timeout=asked.timeout_seconds or self._config.timeout_seconds,
         )
+        return [
+            (
+                [str(hit[ID_FIELD]) for hit in hits],
+                np.array([hit["distance"] for hit in hits], dtype=np.float32),
+            )
+            for hits in found
+        ]
 
     def _translated(self, expression: str) -> str:
         attributes = self._collection.attributes

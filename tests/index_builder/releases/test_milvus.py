@@ -3,6 +3,7 @@ where it is not installed.
 """
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.serving.peer_servers import milvus_is_installed, milvus_server
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.building.build import build_release
+from index_builder.commands.release import group as release_group
 from index_builder.errors import FilterError, GateFailed, ReleaseError, ReleaseNotFound
 from index_builder.filters.attributes import AttributeTable
 from index_builder.releases.milvus import MilvusConfig, MilvusReleases, collection_name
@@ -22,6 +24,7 @@ from index_builder.releases.milvus_filters import milvus_expression
 from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
 from tests.helpers.release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
+from tests.helpers.run_command import run
 
 
 def test_collection_name_similar_ids_differ_and_are_allowed() -> None:
@@ -56,7 +59,7 @@ def test_milvus_release_publishes_activates_and_switches(milvus: str, tmp_path: 
         encoder,
         release_id="first",
         id_prefix="a-",
-        counts={"pin": 200, "ad": 60},
+        counts={"pin": 200},
     )
     second = small_release(
         store,
@@ -64,16 +67,20 @@ def test_milvus_release_publishes_activates_and_switches(milvus: str, tmp_path: 
         encoder,
         release_id="second",
         id_prefix="b-",
-        counts={"pin": 200, "ad": 60},
+        counts={"pin": 200},
         activate=False,
     )
     releases = MilvusReleases(MilvusConfig(uri=f"http://{milvus}"))
+    stored = ("--store", store.root, "--json")
     with Release.open(store.path_of(first)) as one, Release.open(store.path_of(second)) as two:
         space = one.space_id
         with pytest.raises(ReleaseNotFound):
             releases.index("pin", space_id=space)
-        assert min(releases.publish(one).values()) >= 0.95
-        releases.activate(first, one.entities)
+        pushed = run(release_group, "push", "--milvus", f"milvus://{milvus}", *stored)
+        assert pushed.exit_code == 0, pushed.output
+        found = json.loads(pushed.stdout)
+        assert (found["release_id"], found["active"], found["removed"]) == ("first", True, [])
+        assert found["recall"]["pin"] >= 0.95
         assert releases.active("pin") == "first"
 
         query: Any = encoder.encode(["red cat"])[0]
@@ -105,7 +112,7 @@ def test_milvus_release_publishes_activates_and_switches(milvus: str, tmp_path: 
             "who holds the old release finishes on it"
         )
         releases.activate(first, one.entities)
-        assert releases.active("ad") == "first"
+        assert releases.active("pin") == "first"
         releases.drop(second, two.entities)
 
         impossible = MilvusReleases(MilvusConfig(uri=f"http://{milvus}", min_recall=1.01))
@@ -292,3 +299,17 @@ def test_milvus_expression_what_has_no_equal_is_refused(expression: str, why: st
 )
 def test_milvus_expression_is_translated(expression: str, asked: str) -> None:
     assert milvus_expression(expression, AttributeTable(ATTRIBUTES).schema) == asked
+
+
+def test_push_to_nobody_says_so_and_that_nothing_was_given_twice(tmp_path: Path) -> None:
+    store = ReleaseStore(tmp_path / "store")
+    bundle = make_bundle(tmp_path / "bundle")
+    build_release({"pin": make_input("pin", 40)}, bundle, store, quick("exact", release_id="r"))
+    with socket.socket() as silent:  # bound, and nobody listens
+        silent.bind(("127.0.0.1", 0))
+        uri = f"milvus://127.0.0.1:{silent.getsockname()[1]}"
+        asked = ("push", "--store", store.root, "--milvus", uri)
+        nobody = run(release_group, *asked)
+    assert nobody.exit_code == 1 and "does not answer" in nobody.output
+    both = run(release_group, *asked, "s3://bucket/releases")
+    assert both.exit_code != 0 and "either a URL or --milvus" in both.output

@@ -33,6 +33,7 @@ NOT_NEGATIVE = (
     "batch_delay_ms",
     "cache_bytes",
     "answer_cache_bytes",
+    "in_place_bytes",
     "prewarm_queries",
     "inline_search_us",
     "grace_seconds",
@@ -132,7 +133,13 @@ class ServeConfig:
     implementation.
     """
     workers: int = 1
-    """Processes that share the port and one copy of the index memory."""
+    """Processes that share the port; a release above ``in_place_bytes`` is one copy for all."""
+    in_place_bytes: int = 128 * 2**20
+    """Several workers: a release whose graphs take at most this is swapped inside each of them.
+
+    Each loads its own copy. Graphs of more bytes are loaded once, and a change of the release
+    starts new workers that share them. 0: every change does.
+    """
     limits: Limits = field(default_factory=Limits)
 
     device: str = "auto"

@@ -140,8 +140,8 @@ def _port(value: int) -> int | None:
     default=1,
     show_default=True,
     help=(
-        "Processes sharing the port and one copy of the index memory. One per core that should"
-        " serve."
+        "Processes sharing the port, and the memory of vectors and large graphs (--in-place-mib)."
+        " One per core that should serve."
     ),
 )
 @click.option(
@@ -251,6 +251,15 @@ def _port(value: int) -> int | None:
     default=DEFAULTS.keep_releases,
     show_default=True,
     help="Releases held in memory: what can be pinned and rolled back to at once.",
+)
+@click.option(
+    "--in-place-mib",
+    default=DEFAULTS.in_place_bytes // 2**20,
+    show_default=True,
+    help=(
+        "With several workers: graphs of at most so many MiB are loaded by each worker for itself,"
+        " without new processes; larger ones once for all, in new workers. 0: always so."
+    ),
 )
 @click.option("--read-only", is_flag=True, help="Take no live upserts and deletes.")
 @click.option(
@@ -396,6 +405,7 @@ FLAGS: dict[str, Converted] = {
     "impression_log_mib": Converted("impression_log_bytes", _mib),
     "cache_mib": Converted("cache_bytes", _mib),
     "answer_cache_mib": Converted("answer_cache_bytes", _mib),
+    "in_place_mib": Converted("in_place_bytes", _mib),
     "cache_ttl_days": Converted("cache_ttl_seconds", lambda days: days * DAY_SECONDS),
     "store_poll_seconds": Converted("remote_poll_seconds", float),
     "read_only": Converted("accept_writes", lambda read_only: not read_only),

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 RedisOfDimension = Callable[[int], RedisTier | None]
 """Opens the second cache tier for vectors of a length, where there is one."""
 Graphs = Mapping[str, Mapping[str, AnnIndex]]
-"""By release id and entity type, graphs in memory that need no verifying."""
+"""By release id and entity type, graphs in memory."""
 
 
 class ReleaseLoader:
@@ -40,8 +40,8 @@ class ReleaseLoader:
         cache: Of query vectors; shared by all releases.
         metrics: Where refusals are counted.
         redis: Second cache tier.
-        graphs: Of releases that the parent process verified and loaded (workers share their
-            memory).
+        graphs: That the parent process loaded (workers share their memory), of releases that it
+            verified, as it has every one that a worker is told to load; None: there is no parent.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ReleaseLoader:
         cache: QueryCache,
         metrics: Metrics,
         redis: RedisOfDimension,
-        graphs: Graphs,
+        graphs: Graphs | None,
     ) -> None:
         self.executor = ThreadPoolExecutor(
             1, thread_name_prefix="load", initializer=lower_thread_priority
@@ -115,8 +115,8 @@ class ReleaseLoader:
             del loading
 
     def _load(self, release_id: str, active: ServingRelease | None) -> ServingRelease:
-        graphs = self._graphs.get(release_id)
-        release = self._store.open(release_id, verify=graphs is None, graphs=graphs)
+        graphs = None if self._graphs is None else self._graphs.get(release_id)
+        release = self._store.open(release_id, verify=self._graphs is None, graphs=graphs)
         with ExitStack() as undo:
             undo.callback(release.close)
             _require_same_dimension(release, active)

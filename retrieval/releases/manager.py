@@ -71,10 +71,11 @@ class LiveReleases:
         self.cache = cache
         self.metrics = metrics
         self.active: ServingRelease | None = None
+        self._prepared: ServingRelease | None = None
         self.loaded: OrderedDict[str, ServingRelease] = OrderedDict()
         self._refusal = "" if config.remote_store else "no release has been loaded yet"
         self.on_change: list[Callable[[ServingRelease], Awaitable[None]]] = []
-        self.loader = ReleaseLoader(config, self.store, cache, metrics, redis, graphs or {})
+        self.loader = ReleaseLoader(config, self.store, cache, metrics, redis, graphs)
         self._warmer = CacheWarmer(cache, metrics, config.prewarm_queries, self.loader.executor)
         self._current = CurrentFile(self.store)
         self._watch = watch
@@ -140,6 +141,7 @@ class LiveReleases:
             await asyncio.gather(self._watcher, return_exceptions=True)
         for task in list(self._retiring):
             task.cancel()
+        await self._drop_prepared()
         for serving in self.loaded.values():
             serving.close()
         self.loaded.clear()
@@ -159,6 +161,30 @@ class LiveReleases:
         async with self._lock, self._in_memory(release_id) as serving:
             await self._warmer.read(handed_over, serving, self._encoder_thread(serving))
             await self._swap(serving)
+
+    async def prepare(self, release_id: str) -> None:
+        """Load and prove a verified release, and warm the cache for it; ``adopt`` then swaps.
+
+        Raises:
+            OmniError: The release was refused; nothing of it is left.
+        """
+        async with self._lock:
+            await self._drop_prepared()
+            async with self._in_memory(release_id) as serving:
+                if self.active is not None and self.active.prefix != serving.prefix:
+                    executor = self._encoder_thread(serving)
+                    await self._warmer.carry_over(self.active, serving, executor)
+                self._prepared = serving
+
+    async def forget_prepared(self) -> None:
+        """Close what ``prepare`` has loaded, unless it is served."""
+        async with self._lock:
+            await self._drop_prepared()
+
+    async def _drop_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and self.loaded.get(prepared.release_id) is not prepared:
+            await asyncio.to_thread(_close_last, [prepared])
 
     async def hand_over(self, path: Path) -> None:
         """Write the most frequent cached queries with their vectors for the next workers."""
@@ -200,7 +226,11 @@ class LiveReleases:
     @asynccontextmanager
     async def _in_memory(self, release_id: str) -> AsyncIterator[ServingRelease]:
         """Load a release if need be; close it again if the block fails before it is ``loaded``."""
-        serving = self.loaded.get(release_id) or await self.loader.load(release_id, self.active)
+        prepared = self._prepared
+        if prepared is not None and prepared.release_id == release_id:
+            self._prepared, serving = None, prepared
+        else:
+            serving = self.loaded.get(release_id) or await self.loader.load(release_id, self.active)
         try:
             yield serving
         except BaseException:

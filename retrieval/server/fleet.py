@@ -32,6 +32,20 @@ Arguments: control socket, number, release id, files that the former workers han
 """
 
 
+class Answer(NamedTuple):
+    """What a worker says of a release that it was told to load or to serve.
+
+    Attributes:
+        kind: ``prepared`` or ``serving``.
+        release_id: Which release.
+        error: Why it could not; empty: done.
+    """
+
+    kind: str
+    release_id: str
+    error: str
+
+
 @dataclass(slots=True)
 class Worker:
     """One child process.
@@ -44,6 +58,7 @@ class Worker:
         ready: It listens, or ``error`` says why not.
         error: Why it cannot serve.
         cache_written: It has answered the last request to write its cache.
+        answer: Its last message about a release that it was told to load or to serve.
         dismissed: It was sent a signal to end; it is not replaced.
         buffer: Bytes of its messages that are not whole yet.
     """
@@ -55,6 +70,7 @@ class Worker:
     ready: bool = False
     error: str = ""
     cache_written: bool = False
+    answer: Answer | None = None
     dismissed: bool = False
     buffer: bytearray = field(default_factory=bytearray)
 
@@ -235,6 +251,8 @@ class Fleet:
             worker.ready = True
         elif kind == "cache_written":
             worker.cache_written = True
+        elif kind in ("prepared", "serving"):
+            worker.answer = Answer(kind, message["release_id"], message["error"])
         elif kind == "change":
             self.changes.append(ChangeRequest(worker, message["release_id"]))
 

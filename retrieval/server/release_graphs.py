@@ -1,4 +1,4 @@
-"""Graphs of releases in a process that forks: loaded once, shared by all its workers."""
+"""Graphs of releases in a process that forks: large ones are loaded once and shared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from retrieval.config import ServeConfig
 from retrieval.encoding.query_encoder import choose_form, torch_installed
 
 Graphs = dict[str, AnnIndex]
-"""By entity type."""
+"""By entity type; empty: verified, and small enough that every worker loads its own."""
 
 
 class ReleaseGraphs:
-    """Holds the graphs of the last few releases. Loading starts no threads.
+    """Holds the large graphs of the last few releases. Loading starts no threads.
 
     Args:
         store: Where the releases are.
@@ -34,7 +34,9 @@ class ReleaseGraphs:
         self.by_release: OrderedDict[str, Graphs] = OrderedDict()
 
     def load(self, release_id: str, verify: Callable[[str], object]) -> None:
-        """Have the graphs of a release in memory; one that cannot be loaded leaves nothing.
+        """Verify a release, and have its graphs in memory unless workers load their own.
+
+        One that cannot be loaded leaves nothing.
 
         Args:
             release_id: Which.
@@ -44,10 +46,12 @@ class ReleaseGraphs:
         if release_id not in self.by_release:
             verify(release_id)
             path = self._store.path_of(release_id)
-            graphs = {
-                entity_type: EntityIndex.load_graph(path / entity_type)
-                for entity_type in read_manifest(path).entities
-            }
+            graphs: Graphs = {}
+            if not self.is_in_place(release_id):
+                graphs = {
+                    entity_type: EntityIndex.load_graph(path / entity_type)
+                    for entity_type in read_manifest(path).entities
+                }
             form = choose_form(
                 "cpu",
                 self._config.encoder_form,
@@ -60,6 +64,18 @@ class ReleaseGraphs:
                 importlib.import_module("encoders.towers.query_tower")
             self.by_release[release_id] = graphs
         self.by_release.move_to_end(release_id)
+
+    def is_in_place(self, release_id: str) -> bool:
+        """Ask whether the graphs of a release are so small that each worker loads its own."""
+        path, most = self._store.path_of(release_id), self._config.in_place_bytes
+        files = (
+            file for name in read_manifest(path).entities for file in (path / name).glob("index.*")
+        )
+        return most > 0 and sum(file.stat().st_size for file in files) <= most
+
+    def are_shared(self) -> bool:
+        """Ask whether any graphs are in memory, which workers forked from here then share."""
+        return any(self.by_release.values())
 
     def discard(self, release_id: str) -> None:
         """Drop the graphs of a release that is not served after all."""

@@ -67,7 +67,7 @@ class WorkerContext:
 
     Attributes:
         number: Of this worker.
-        graphs: By release id, graphs that the supervisor verified and loaded.
+        graphs: By release id, graphs that the supervisor loaded; it has verified every release.
         change_release: Has the supervisor carry out Activate and Rollback.
         snapshots_folder: Where the workers exchange their metrics.
         listener: A listening socket that all workers share; the http2 transport accepts from it.

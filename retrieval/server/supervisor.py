@@ -1,19 +1,19 @@
-"""Several processes on one port: a supervisor, and generations of workers that it forks.
+"""Several processes on one port: a supervisor, and the workers that it forks.
 
-The supervisor loads each release's graphs once, and its workers share that memory. It starts no
-threads and no gRPC, because neither survives a fork; each worker reads attributes (polars) and its
-encoder itself.
+It starts no threads and no gRPC, because neither survives a fork; each worker reads attributes
+(polars) and its encoder itself.
 
-A new release means a new generation. A process of its own checks every byte of the release; then
-the new workers load, prove themselves, take over the frequent cached queries and listen; only then
-do the former workers stop accepting and finish what they have. When any of this fails, the new
-workers go and the former ones serve on: no error of a change ends the server. Changes are queued
-and carried out one at a time by the run loop. A worker that dies is replaced.
+A process of its own checks every byte of a new release. If its graphs are small, the workers load
+it beside the one that they serve, one after the other, and then all switch to it. Large graphs are
+loaded once, here, and a new generation of workers shares their memory: it proves itself, takes over
+the frequent cached queries and listens; only then do the former workers stop accepting and finish
+what they have. When any of this fails, the former release is served on: no error of a change ends
+the server. Changes are queued and carried out one at a time by the run loop. A worker that dies is
+replaced.
 
-All workers of all generations accept from one socket that the supervisor holds open, so that no
-connection is lost when a generation ends; the first workers with a release begin to listen on it.
-With the grpcio transport each worker has its own socket on the port, and what waits in a closed one
-is reset.
+All workers accept from one socket that the supervisor holds open, so that no connection is lost
+when a generation ends; the first workers with a release begin to listen on it. With the grpcio
+transport each worker has its own socket on the port, and what waits in a closed one is reset.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from retrieval.server.fleet import ChangeRequest, Fleet, Worker
 from retrieval.server.grpc_server import require_free_ports
 from retrieval.server.release_check import ReleaseCheck
 from retrieval.server.release_graphs import ReleaseGraphs
-from retrieval.server.worker import Assignment, error_message, run_worker
+from retrieval.server.worker import RELEASE_ORDERS, Assignment, error_message, run_worker
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Supervisor:
         try:
             release_id = self.store.current()
             if release_id is not None and release_id != self.release_id:
-                self._change_generation(release_id)
+                self._change_release(release_id)
         except Exception as error:  # whatever a store can hold: healthy workers go on
             self._current.mark_refused()
             self.reason_not_ready = error_message(error)
@@ -277,7 +277,7 @@ class Supervisor:
     def _activate(self, release_id: str) -> str:
         if not self.store.path_of(release_id).is_dir():
             raise UnknownRelease(release_id)
-        self._change_generation(release_id, lambda: self.store.activate(release_id, verify=False))
+        self._change_release(release_id, lambda: self.store.activate(release_id, verify=False))
         return release_id
 
     def _roll_back(self) -> str:
@@ -289,30 +289,95 @@ class Supervisor:
             except ReleaseNotFound as error:
                 raise NothingToRollBack(str(error)) from error
 
-        self._change_generation(target, commit)
+        self._change_release(target, commit)
         return target
 
-    def _change_generation(
-        self, release_id: str, commit: Callable[[], object] = lambda: None
-    ) -> None:
-        """Replace all workers; the caller retires the former ones.
+    def _change_release(self, release_id: str, commit: Callable[[], object] = lambda: None) -> None:
+        """Have all workers serve a release; the caller retires those that do not.
 
         Args:
             release_id: What to serve.
-            commit: Makes it the active release of the store, once every new worker listens. The run
-                loop sees the changed CURRENT, and finds it served already.
+            commit: Makes it the active release of the store, once every worker has it ready. The
+                run loop sees the changed CURRENT, and finds it served already.
 
         Raises:
-            Exception: Something of this failed. The new workers are gone or going, and the former
-                generation serves on alone.
+            Exception: Something of this failed, and the former release is served on.
         """
         if release_id == self.release_id:
             commit()
             return
         started = time.perf_counter()
-        workers: list[Worker] = []
         try:
             self.graphs.load(release_id, self._verify)
+            if self._can_swap_in_place():
+                self._swap_in_place(release_id, commit)
+            else:
+                self._replace_workers(release_id, commit)
+        except BaseException:
+            self.graphs.discard(release_id)
+            raise
+        self._backoff.reset()
+        self.graphs.trim()
+        seconds = time.perf_counter() - started
+        count = len(self.fleet.of(release_id))
+        log.info("%d workers serve release %s after %.1f s", count, release_id, seconds)
+
+    def _can_swap_in_place(self) -> bool:
+        """Ask whether workers run that serve, and neither release has graphs to share."""
+        return not self.graphs.are_shared() and any(
+            worker.ready for worker in self.fleet.of(self.release_id) if self.release_id
+        )
+
+    def _swap_in_place(self, release_id: str, commit: Callable[[], object]) -> None:
+        """Have one worker after the other load a release, then all switch to it."""
+        asked: list[Worker] = []
+        try:
+            for worker in self.fleet.of(self.release_id):
+                if worker.ready and worker in self.fleet:  # others are replaced
+                    asked.append(worker)
+                    self._require_done(worker, "prepare", release_id)
+            commit()
+        except BaseException:
+            for worker in asked:
+                if worker in self.fleet:
+                    self.fleet.send(worker, {"type": "forget"})
+            raise
+        self.release_id = release_id
+        for worker in asked:  # before any waiting: those of the release are counted meanwhile
+            worker.release_id = release_id
+        for worker in asked:
+            try:
+                self._require_done(worker, "serve", release_id)
+            except Exception as error:  # the others serve it, and it is replaced
+                log.error("worker %d is replaced: %s", worker.pid, error_message(error))
+                self.fleet.dismiss(worker)
+
+    def _require_done(self, worker: Worker, order: str, release_id: str) -> None:
+        """Give a worker an order of ``RELEASE_ORDERS``; raises if it cannot carry it out."""
+        worker.answer = None
+        self.fleet.send(worker, {"type": order, "release_id": release_id})
+        expected = (RELEASE_ORDERS[order], release_id)
+        until = time.monotonic() + READY_SECONDS
+        while time.monotonic() < until and not self._stopping:
+            is_running = worker.is_running()  # before its last messages are read
+            self.fleet.listen(0.05)
+            if worker.answer is not None and worker.answer[:2] == expected:
+                if worker.answer.error:
+                    raise ReleaseRefused(worker.answer.error)
+                return
+            if not is_running:
+                raise ReleaseRefused(f"{release_id}: a worker died while it was loading it.")
+            self._look_after_workers()
+        if self._stopping:
+            raise NotReady(SHUTTING_DOWN)
+        raise ReleaseRefused(
+            f"{release_id}: a worker did not have it ready within {READY_SECONDS:.0f} s."
+        )
+
+    def _replace_workers(self, release_id: str, commit: Callable[[], object]) -> None:
+        """Start workers of a release that share its graphs; the former ones serve until then."""
+        workers: list[Worker] = []
+        try:
             handed_over = self._collect_caches()
             for _ in range(self.config.workers):
                 workers.append(self.fleet.fork(release_id, handed_over))
@@ -321,17 +386,12 @@ class Supervisor:
             commit()
         except BaseException:
             self._abandon(workers)
-            self.graphs.discard(release_id)
             raise
         finally:
             for path in self._folder.glob("*.npz"):
                 with contextlib.suppress(OSError):
                     path.unlink()
         self.release_id = release_id
-        self._backoff.reset()
-        self.graphs.trim()
-        seconds = time.perf_counter() - started
-        log.info("%d workers serve release %s after %.1f s", len(workers), release_id, seconds)
 
     def _require_ready(self, workers: list[Worker]) -> None:
         failed = [worker for worker in workers if not worker.ready or worker.error]

@@ -30,6 +30,8 @@ ERRORS_BY_NAME: dict[str, type[OmniError]] = {
     for kind in (NothingToRollBack, NotReady, PublisherBusy, DiskFull, ReleaseNotFound)
 }
 """Errors of a change that reach the caller as what they were; others are ``ReleaseRefused``."""
+RELEASE_ORDERS = {"prepare": "prepared", "serve": "serving", "forget": ""}
+"""What a worker is told to do with a release in place, and the message that says it is done."""
 
 
 def error_message(error: Exception) -> str:
@@ -47,7 +49,7 @@ class Assignment:
         config: The server's, with its ports fixed.
         number: Of this worker, counted over all generations.
         release_id: What to serve; empty: nothing yet.
-        graphs: By release id, what the supervisor has verified and loaded for all its workers.
+        graphs: By release id, what the supervisor has loaded for all its workers.
         handed_over: Files with the frequent queries of the former generation.
         folder: Where the workers exchange their metrics.
         listener: The socket from which all workers accept; None: each has its own on the port
@@ -93,6 +95,7 @@ class SupervisorLink:
         self._writer = writer
         # In the order in which the supervisor answers them
         self._changes: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._orders: set[asyncio.Task[None]] = set()
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message."""
@@ -131,13 +134,39 @@ class SupervisorLink:
                 elif message["type"] == "write_cache":
                     await write_cache(server, Path(message["path"]))
                     self.send({"type": "cache_written"})
+                elif message["type"] in RELEASE_ORDERS:
+                    self._begin(server, message["type"], message.get("release_id", ""))
         finally:  # no reply can come any more
             self.ended.set()
+            for order in self._orders:
+                order.cancel()
             for future in self._changes:
                 if not future.done():
                     future.set_exception(
                         NotReady("the server is shutting down; ask again what it serves.")
                     )
+
+    def _begin(self, server: Server, kind: str, release_id: str) -> None:
+        """Carry out an order of ``RELEASE_ORDERS``; they wait for each other in their order."""
+        order = asyncio.ensure_future(self._carry_out(server, kind, release_id))
+        self._orders.add(order)
+        order.add_done_callback(self._orders.discard)
+
+    async def _carry_out(self, server: Server, kind: str, release_id: str) -> None:
+        error = ""
+        try:
+            if kind == "prepare":
+                await server.releases.prepare(release_id)
+            elif kind == "serve":
+                await server.releases.adopt(release_id)
+            else:
+                await server.releases.forget_prepared()
+        except Exception as raised:
+            error = error_message(raised)
+            if not isinstance(raised, OmniError):
+                log.exception("release %r: %s failed", release_id, kind)
+        if answer := RELEASE_ORDERS[kind]:
+            self.send({"type": answer, "release_id": release_id, "error": error})
 
 
 async def _serve(control: socket.socket, assignment: Assignment) -> int:

@@ -31,7 +31,7 @@ from retrieval.config import ServeConfig
 from retrieval.releases import current_file
 from retrieval.server import release_graphs, supervisor
 from retrieval.server.fleet import Worker
-from retrieval.server.worker import Assignment, write_cache
+from retrieval.server.worker import RELEASE_ORDERS, Assignment, write_cache
 
 
 @pytest.mark.slow
@@ -129,6 +129,33 @@ def test_shutdown_does_not_wait_for_verification(tmp_path: Path) -> None:
     assert play("ending", tmp_path)["end"] == ["r1", 2]
 
 
+@pytest.mark.slow
+def test_change_in_place_all_load_before_any_serves(tmp_path: Path) -> None:
+    found = play("in_place", tmp_path)
+    assert found["replies"] == [["r2", "r2", ""], ["", "r1", ""]]
+    assert found["orders"][:4] == ["prepare r2", "prepare r2", "serve r2", "serve r2"]
+    assert found["same_workers"] and found["forks"] == 2 and found["end"] == ["r1", 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "kind"), [("refused_in_place", "ReleaseRefused"), ("busy_in_place", "OSError")]
+)
+def test_change_in_place_one_refuses_none_serves(tmp_path: Path, scenario: str, kind: str) -> None:
+    found = play(scenario, tmp_path)
+    assert found["replies"] == [["r2", "", kind]] and found["current"] == "r1"
+    assert found["orders"] == ["prepare r2", "prepare r2", "forget ", "forget "]
+    assert found["same_workers"] and found["end"] == ["r1", 2] and found["graphs"] == ["r1"]
+
+
+@pytest.mark.slow
+def test_change_in_place_worker_dies_it_is_replaced(tmp_path: Path) -> None:
+    found = play("deaths_in_place", tmp_path)
+    assert found["replies"][0] == ["r2", "", "ReleaseRefused"], "it may have died of the release"
+    assert found["after_prepare"] == ["r1", 2] and found["current"] == "r1"
+    assert found["end"] == ["r2", 2], "once all have it ready, a death is a death as any other"
+
+
 def test_write_cache_full_disk_leaves_no_file(tmp_path: Path) -> None:
     async def full(path: Path) -> None:
         path.write_bytes(b"half")
@@ -174,7 +201,7 @@ class Stage:
     beside it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, in_place_bytes: int = 0) -> None:
         self.folder = folder
         for release_id in ("r1", "r2", "r3"):
             (folder / "store" / "releases" / release_id).mkdir(parents=True)
@@ -201,6 +228,7 @@ class Stage:
             metrics_port=None,
             workers=2,
             poll_seconds=0.02,
+            in_place_bytes=in_place_bytes,
         )
         self.supervisor = supervisor.Supervisor(
             config, lambda info: self.announced.extend([info["release_id"], info["reason"]])
@@ -250,12 +278,29 @@ class Stage:
                 if message["type"] == "write_cache":
                     Path(message["path"]).write_bytes(b"queries")
                     send(type="cache_written")
+                elif message["type"] in RELEASE_ORDERS:
+                    self.stand_in_order(given.number, message, send)
                 else:
                     with (self.folder / "replies").open("a") as replies:
                         replies.write(
                             json.dumps([asked.pop(0), message["now"], message["kind"]]) + "\n"
                         )
         return 0
+
+    def stand_in_order(self, number: int, message: Any, send: Callable[..., None]) -> None:
+        """Note an order, and do what the flags say of it."""
+        order, release_id = message["type"], message.get("release_id", "")
+        with (self.folder / "orders").open("a") as orders:
+            orders.write(f"{order} {release_id}\n")
+        if (self.folder / f"deadly-{order}-{number}").exists():
+            os._exit(137)
+        refuses = (self.folder / f"refusing-{order}-{number}").exists()
+        if answer := RELEASE_ORDERS[order]:
+            error = "golden recall too low" if refuses else ""
+            send(type=answer, release_id=release_id, error=error)
+
+    def orders(self) -> list[str]:
+        return (self.folder / "orders").read_text().splitlines()
 
     def verify(self, release_id: str) -> None:
         """Reads while its flag stands, then finds what the other flags say."""
@@ -486,6 +531,53 @@ def back(stage: Stage) -> None:
     stage.found["forks"] = stage.supervisor.fleet.forks
 
 
+def in_place(stage: Stage) -> None:
+    before = stage.alive()
+    stage.ask("r2")
+    stage.ask("")
+    stage.settle("r1")
+    stage.found.update(
+        orders=stage.orders(),
+        same_workers=stage.alive() == before,
+        forks=stage.supervisor.fleet.forks,
+    )
+
+
+def not_in_place(stage: Stage) -> None:
+    before = stage.alive()
+    stage.ask("r2")
+    until(lambda: len(stage.orders()) == 4)
+    stage.found.update(
+        orders=stage.orders(),
+        same_workers=stage.alive() == before,
+        current=stage.store.current(),
+        graphs=list(stage.supervisor.graphs.by_release),
+    )
+
+
+def refused_in_place(stage: Stage) -> None:
+    stage.flag("refusing-prepare-2")
+    not_in_place(stage)
+
+
+def busy_in_place(stage: Stage) -> None:
+    error = OSError(errno.EROFS, "Read-only file system")
+    stage.supervisor.store.activate = raising(error)  # type: ignore[method-assign]
+    not_in_place(stage)
+
+
+def deaths_in_place(stage: Stage) -> None:
+    stage.flag("deadly-prepare-2")
+    stage.order(1, "r2")
+    until(stage.replies)
+    stage.found["after_prepare"] = stage.settle("r1")
+    stage.found["current"] = stage.store.current()
+    stage.flag("deadly-serve-1")
+    stage.order(3, "r2")
+    stage.settle("r2")
+    until(lambda: len(stage.replies()) == 2)
+
+
 def leftovers(stage: Stage) -> None:
     release_graphs.choose_form = raising(ConfigError("no such form"))
     stage.ask("r2")
@@ -501,7 +593,7 @@ def main() -> None:
     """Play the scenario named on the command line."""
     logging.basicConfig(level=logging.INFO)
     name, folder = sys.argv[1], Path(sys.argv[2])
-    stage = Stage(folder)
+    stage = Stage(folder, 2**20 if name.endswith("in_place") else 0)
     if name == "first_refused":
         stage.flag("refusing")
         current_file.RETRY_REFUSED_SECONDS = 0.5

@@ -1,5 +1,5 @@
-"""Several real processes on one port: swap by generations, rollback, a killed worker, live writes
-seen by all, shared metrics.
+"""Several real processes on one port: swap in place and by generations, rollback, a killed worker,
+live writes seen by all, shared metrics.
 """
 
 import json
@@ -22,7 +22,12 @@ from tests.helpers.waiting import until
 
 
 @pytest.fixture
-def server(store: ReleaseStore) -> Iterator[tuple[subprocess.Popen, dict]]:
+def in_place_mib() -> str:
+    return "128"
+
+
+@pytest.fixture
+def server(store: ReleaseStore, in_place_mib: str) -> Iterator[tuple[subprocess.Popen, dict]]:
     flags = [
         "--host",
         "127.0.0.1",
@@ -32,6 +37,8 @@ def server(store: ReleaseStore) -> Iterator[tuple[subprocess.Popen, dict]]:
         "0",
         "--workers",
         "2",
+        "--in-place-mib",
+        in_place_mib,
         "--json",
         "--shadow-fraction",
         "0",
@@ -79,10 +86,12 @@ def answered(info: dict) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("in_place_mib", ["128", "0"])
 def test_workers_swap_crash_and_rollback_lose_no_call(
-    server: tuple[subprocess.Popen, dict],
+    server: tuple[subprocess.Popen, dict], in_place_mib: str
 ) -> None:
     process, info = server
+    in_place = in_place_mib != "0"
     assert info["release_id"] == "a1" and info["workers"] == 2 and len(children(process.pid)) == 2
     first = ask(info)
     assert first.release_id == "a1"
@@ -107,7 +116,8 @@ def test_workers_swap_crash_and_rollback_lose_no_call(
     with fresh(info) as channel:
         changed = rpc.AdminStub(channel).Activate(pb.ActivateRequest(release_id="b1"), timeout=120)
     assert (changed.release_id, changed.previous_release_id) == ("b1", "a1")
-    until(lambda: len(children(process.pid)) == 2 and not before & set(children(process.pid)))
+    stayed = before if in_place else set()
+    until(lambda: len(children(process.pid)) == 2 and before & set(children(process.pid)) == stayed)
     assert {ask(info).release_id for _ in range(6)} == {"b1"}
     assert answered(info) >= counted, "what the generation before has counted stays"
     with fresh(info) as channel:

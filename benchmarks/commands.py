@@ -34,6 +34,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "benchmarks.quality.fusion:command",
         "Labelled Recall@10 and time of vectors, words and neighbouring queries, alone and fused.",
     ),
+    "hybrid": (
+        "benchmarks.quality.hybrid:command",
+        "Fused answers beside hybrid search of LanceDB, Milvus Lite and bm25s with hnswlib.",
+    ),
     "words": (
         "benchmarks.index.words:command",
         "Time, size and exactness of the index of words, on up to 820,000 real texts.",

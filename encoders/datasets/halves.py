@@ -1,9 +1,9 @@
 """Split held-out queries once into halves: ``dev`` for choices, ``test`` for a release's record.
 
 Whoever compares recipes, settings or baselines looks at ``dev``. What was chosen by looking at
-pairs is measured too well on them, so ``test`` is read by one command only, at release time:
-``omni bench recall --release``. A query string belongs to one half by a hash of its folded text, in
-every data set, version and language.
+pairs is measured too well on them, so ``test`` is read at release time only, by ``omni bench
+recall --release`` and ``omni bench hybrid --release``. A query string belongs to one half by a hash
+of its folded text, in every data set, version and language.
 """
 
 from __future__ import annotations

@@ -37,6 +37,10 @@ QUESTIONS = {
     "name": "libncurses-dev",
 }
 """Not titles of the lists: what somebody might ask."""
+DEBIAN = (
+    "--catalogue packages/packages.jsonl --pairs packages/translations.jsonl --entity-type package"
+)
+SAMPLE = "--catalogue {0}/catalogue.csv --pairs {0}/pairs.csv".format(ROOT / "examples" / "emoji")
 NOISE = {
     "a traceback": r"Traceback \(most recent call last\)",
     "a log line of debugging": r"\bDEBUG\b",
@@ -152,7 +156,7 @@ def fetch(terminal: Terminal, most: int, packages: Path | None) -> bool:
     try:
         terminal.run(command + limited, shown + limited)
     except SystemExit as failure:
-        print(f"skipped: apt gives no translated descriptions here ({failure})")
+        print(f"NOT TRIED: Debian's packages, as apt gives no translated descriptions ({failure})")
         return False
     return True
 
@@ -241,13 +245,14 @@ def main() -> None:
         terminal = Terminal(folder, environment)
         wheel = given.wheel.resolve() if given.wheel else build_wheel(folder / "dist")
         make_environment(terminal, wheel, borrow=given.borrow)
+        files = DEBIAN
         if not fetch(terminal, given.most, given.packages):
-            return
+            if given.page:
+                sys.exit("the page shows Debian's packages; it is left as it is")
+            print("the sample examples/emoji is taken instead")
+            files = SAMPLE
         minutes = f" --minutes {given.minutes:g}" if given.minutes else ""
-        terminal.run(
-            "omni start --catalogue packages/packages.jsonl --pairs packages/translations.jsonl"
-            f" --entity-type package --out search{minutes} --no-serve"
-        )
+        terminal.run(f"omni start {files} --out search{minutes} --no-serve")
         ask(terminal)
         served = (folder / "serve.log").read_text(encoding="utf-8")
     seen = "\n".join(line.rstrip() for line in terminal.seen)

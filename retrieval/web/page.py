@@ -198,6 +198,7 @@ def _legs_json(serving: ServingRelease, entity_type: str) -> dict[str, Any]:
         "legs": [leg for leg, there in zip(LEGS, has_leg, strict=True) if there],
         "fused": fusion is not None and fusion.enabled,
         "gain": None if fusion is None else fusion.gain,
+        "calibrated": fusion is not None and fusion.probability is not None,
     }
 
 

@@ -61,7 +61,7 @@ def retrieve_request(given: QueryParams) -> pb.RetrieveRequest:
     """Read what to search for from the parameters of an address.
 
     Raises:
-        BadParameter: ``k`` cannot be used.
+        BadParameter: ``k`` or ``min_probability`` cannot be used.
     """
     try:
         k = min(MAX_PAGE_K, int(given.get("k", "24")))
@@ -69,6 +69,11 @@ def retrieve_request(given: QueryParams) -> pb.RetrieveRequest:
         k = 0
     if k < 1:
         raise BadParameter(f"k: expected a whole number, 1 to {MAX_PAGE_K}.")
+    least = given.get("min_probability", "")
+    try:
+        min_probability = float(least) if least else None
+    except ValueError:
+        raise BadParameter("min_probability: expected a number, 0 to 1.") from None
     return pb.RetrieveRequest(
         query=given.get("q", ""),
         entity_type=given.get("type", "pin"),
@@ -77,6 +82,7 @@ def retrieve_request(given: QueryParams) -> pb.RetrieveRequest:
         language=given.get("language", ""),
         release_id=given.get("release", ""),
         attributes=["*"],
+        min_probability=min_probability,
     )
 
 
@@ -130,6 +136,7 @@ class PageSearch:
     async def search(self, request: Request) -> Response:
         """Answer ``GET /api/search?q=&type=&k=&filter=&legs=&release=&exact=1``: hits to show.
 
+        ``min_probability`` leaves out hits of a calibrated fused answer that are likely no answers.
         ``legs`` are some of dense, lexical and votes; left out, the release decides. With ``exact``
         the answer also says which of the hits the graph would have returned.
         """

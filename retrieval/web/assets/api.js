@@ -17,11 +17,12 @@ export const describe = (release) => get(release ? `api/describe?${new URLSearch
 
 // One search: what differs from the state comes in `other`, e.g. another release.
 export function search(state, filter, other, signal) {
-  const { q, type, k, exact, legs, release } = { ...state, ...other };
+  const { q, type, k, exact, legs, release, sure } = { ...state, ...other };
   const wanted = new URLSearchParams({ q, type, k });
   if (exact) wanted.set("exact", "1");
   if (legs) wanted.set("legs", legs);
   if (release) wanted.set("release", release);
+  if (sure) wanted.set("min_probability", sure);
   if (filter) wanted.set("filter", filter);
   return get(`api/search?${wanted}`, signal);
 }

@@ -57,6 +57,19 @@ export function drawLegs(entity, onChange) {
   for (const box of $("leg-boxes").querySelectorAll("input")) box.checked = on.includes(box.value);
 }
 
+// Whether an answer by these legs says how likely each hit is relevant; "": the release's legs.
+export const hasProbability = (entity, legs) =>
+  Boolean(entity && entity.calibrated) && String(legs || defaultLegs(entity)) === String(LEGS);
+
+const SURE = [["", "all"], ["0.25", "at least 25%"], ["0.5", "at least 50%"], ["0.75", "at least 75%"], ["0.9", "at least 90%"]];
+
+export function drawSure(entity) {
+  $("sure-choice").hidden = !hasProbability(entity, state.legs);
+  if (!(Number(state.sure) > 0 && Number(state.sure) <= 1)) state.sure = "";
+  const own = state.sure && !SURE.some(([value]) => value === state.sure) ? [[state.sure, `at least ${100 * Number(state.sure)}%`]] : [];
+  $("sure").replaceChildren(...[...SURE, ...own].map(([value, name]) => element("option", { value, textContent: name, selected: value === state.sure })));
+}
+
 export function drawReleases(release) {
   const ids = release.loaded_release_ids;
   $("release-choice").hidden = ids.length < 2;

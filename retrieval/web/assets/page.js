@@ -1,7 +1,7 @@
 // The page's behaviour: the state is in the address, every answer comes from /api/search.
 
 import { describe, search as ask, useToken } from "./api.js";
-import { comparisons, drawComparisons, drawLegs, drawReleases, drawTabs, entityOf, markTab, typesOf } from "./controls.js";
+import { comparisons, drawComparisons, drawLegs, drawReleases, drawSure, drawTabs, entityOf, hasProbability, markTab, typesOf } from "./controls.js";
 import { openDetails } from "./details.js";
 import { $, element, ms } from "./dom.js";
 import { drawStages, factsOf, say } from "./facts.js";
@@ -76,6 +76,7 @@ function clear() {
 function drawControls() {
   drawLegs(entity(), () => search(true));
   drawComparisons(release, entity());
+  drawSure(entity());
   drawChips(() => search(true));
   $("exact").checked = state.exact;
   $("where").value = state.where;
@@ -104,6 +105,9 @@ function failed(error) {
   if (error.status === 401) $("token").focus();
 }
 
+// A bound on the probability is asked for only of answers that have one.
+const withSure = (other) => ({ ...other, sure: hasProbability(entity(), other.legs ?? state.legs) ? state.sure : "" });
+
 async function search(push = false) {
   clearTimeout(timer);
   timer = 0;
@@ -128,8 +132,8 @@ async function search(push = false) {
     const filter = filterExpression(entity()?.attributes || {});
     const versus = comparisons(release, entity()).find(([value]) => value === state.versus);
     const [page, other] = await Promise.all([
-      ask(state, filter, {}, mine.signal),
-      versus && ask(state, filter, versus[2], mine.signal),
+      ask(state, filter, withSure({}), mine.signal),
+      versus && ask(state, filter, withSure(versus[2]), mine.signal),
     ]);
     if (mine !== running) return;
     drawAnswers(page, other);
@@ -188,6 +192,10 @@ function listen() {
   });
   $("versus").addEventListener("change", () => {
     state.versus = $("versus").value;
+    search(true);
+  });
+  $("sure").addEventListener("change", () => {
+    state.sure = $("sure").value;
     search(true);
   });
   $("release").addEventListener("change", () => {

@@ -3,7 +3,7 @@
 export const FIRST_K = 24;
 export const MOST_K = 200;
 
-const EMPTY = { q: "", type: "", k: FIRST_K, exact: false, legs: "", release: "", versus: "", where: "", view: "" };
+const EMPTY = { q: "", type: "", k: FIRST_K, exact: false, legs: "", release: "", versus: "", where: "", view: "", sure: "" };
 
 export const state = { ...EMPTY, filters: [] };
 
@@ -26,6 +26,7 @@ export function readAddress() {
     versus: text("vs"),
     where: text("filter"),
     view: text("view"),
+    sure: text("sure"),
     filters: given.getAll("f").flatMap(filterOf),
   });
 }
@@ -42,6 +43,7 @@ export function address(firstType) {
   set("vs", state.versus);
   set("filter", state.where);
   set("view", state.view);
+  set("sure", state.sure);
   for (const { field, value } of state.filters) wanted.append("f", `${field}:${value}`);
   return wanted.size ? `?${wanted}` : location.pathname;
 }

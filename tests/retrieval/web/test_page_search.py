@@ -86,6 +86,15 @@ def test_search_unknown_leg_is_refused(showcase: Running) -> None:
     assert status == 400 and "'sparse'" in page["error"]
 
 
+def test_search_min_probability_is_a_bound_and_checked(showcase: Running) -> None:
+    least = search(showcase, q="blue whale", k=20, min_probability=0.25)["hits"]
+    assert least and all(hit["scores"]["probability"] >= 0.25 for hit in least)
+    assert len(least) < len(search(showcase, q="blue whale", k=20)["hits"])
+    for bad in ("much", "2", "nan"):
+        status, page = fetch(showcase, f"/api/search?q=x&min_probability={bad}")
+        assert status == 400 and "min_probability" in page["error"]
+
+
 def test_search_release_is_pinned(showcase: Running) -> None:
     old = search(showcase, q="number 75", release="first", legs="lexical", k=3)
     assert old["release_id"] == "first" and old["hits"][0]["id"] == "p75"

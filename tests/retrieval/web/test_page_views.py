@@ -30,6 +30,7 @@ VIEWS = {
     "exact": WHALE + "&exact=1&view=list",
     "columns": WHALE + "&vs=legs:lexical",
     "queries": WHALE + "&type=query",
+    "sure": WHALE + "&sure=0.25",
     "empty": "/",
 }
 PAINT_MS = 150
@@ -170,6 +171,26 @@ def test_columns_mark_what_both_share(page: Callable[[str], Any], versus: str) -
         assert "Release first" in text_of(browser, "#others-name")
     browser.refresh()
     wait(browser, lambda d: titles(d, "others") == others)
+
+
+def test_least_probability_drops_hits_and_is_asked_only_of_answers_that_have_one(
+    page: Callable[[str], Any],
+) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    browser = page(WHALE)
+    everything = titles(browser)
+    Select(browser.find_element("id", "sure")).select_by_value("0.25")
+    wait(browser, lambda d: 0 < len(titles(d)) < len(everything) and settled(d))
+    assert "sure=0.25" in browser.current_url
+    sure = titles(browser)
+    assert sure == everything[: len(sure)]
+    choose(browser, "legs:dense")
+    wait(browser, lambda d: len(titles(d, "others")) == 24)
+    browser.refresh()
+    wait(browser, lambda d: settled(d) and titles(d) == sure)
+    assert not page(WHALE + "&type=product&sure=0.25").find_element("id", "sure").is_displayed()
+    assert len(titles(browser)) == 24
 
 
 def test_columns_are_walked_by_arrows(page: Callable[[str], Any]) -> None:

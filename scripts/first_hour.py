@@ -46,6 +46,7 @@ NOISE = {
     "a log line of debugging": r"\bDEBUG\b",
     "a warning of Python": r"\b\w*Warning:",
     "a float of many digits": r"\d\.\d{7,}",
+    "a table of more than 100 columns": r"─{101,}",
 }
 """What no command should print."""
 START, END = "<!-- transcript: scripts/first_hour.py writes it -->", "<!-- end of transcript -->"

@@ -574,8 +574,8 @@ def deaths_in_place(stage: Stage) -> None:
     stage.found["current"] = stage.store.current()
     stage.flag("deadly-serve-1")
     stage.order(3, "r2")
+    until(lambda: len(stage.replies()) == 2)  # the death is known by then
     stage.settle("r2")
-    until(lambda: len(stage.replies()) == 2)
 
 
 def leftovers(stage: Stage) -> None:
